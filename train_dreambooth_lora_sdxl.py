@@ -1,0 +1,1619 @@
+#!/usr/bin/env python
+"""Teach Stable Diffusion XL a new subject from three to five pictures: DreamBooth with LoRA, in one file.
+
+Three commands that work as they stand:
+
+    # the small SDXL that comes with this repository, on a laptop's CPU, about two minutes
+    accelerate launch train_dreambooth_lora_sdxl.py --config examples/toy_world/sks_dog.yaml
+
+    # SDXL itself: five pictures in dog/, 1024 px, one 24 GB card
+    accelerate launch train_dreambooth_lora_sdxl.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir lora-sks-dog \
+        --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --mixed_precision fp16 \
+        --validation_prompt "a photo of sks dog in a bucket" --seed 0
+
+    # the same again from where it was stopped
+    accelerate launch train_dreambooth_lora_sdxl.py --config lora-sks-dog/training_config.yaml \
+        --resume_from_checkpoint latest
+
+The way data flows, one way only:
+
+    argv -> args -> [Sample] -> Cache -> rows of a step -> loss -> adapters -> files -> card -> Hub
+
+It ends with `pytorch_lora_weights.safetensors`, which `StableDiffusionXLPipeline.load_lora_weights` reads, a model
+card, and the pictures that it drew on its way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import difflib
+import functools
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from PIL import Image, ImageDraw, ImageOps
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+CONFIG_FILE = "training_config.yaml"
+SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+CACHE_VARIANTS = 8  # views of a picture that are encoded where crop or flip are random
+LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
+INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
+
+logger = logging.getLogger("dreambooth")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that names the flag or file and the cure. Exit code 2."""
+
+
+class TrainingError(Exception):
+    """The run itself went wrong: one sentence with the cause and what helps. Exit code 1."""
+
+
+class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to stop, and everything is saved)
+    """A signal ended the run after everything was saved. Exit code 128 + signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn what ends a run into one sentence on stderr, from the first rank only, and its exit code."""
+    try:
+        yield
+    except (UserError, TrainingError, Stopped, KeyboardInterrupt) as ending:
+        codes = {UserError: 2, TrainingError: 1, KeyboardInterrupt: 130}
+        message = str(ending) or "interrupted before training began; nothing was written that another start cannot use."
+        if os.environ.get("RANK", "0") == "0":
+            print(message if isinstance(ending, Stopped) else f"error: {message}", file=sys.stderr)
+        sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+# A table of flags, and everything that they and the file system can reveal, before anything heavy is imported.
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, with the nearest flag for a mistyped one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage of eighty flags."""
+        raise UserError(message)
+
+    def unknown(self, words: Sequence[str], where: str) -> NoReturn:
+        """Raise UserError for words that are no flags, each with the nearest known one."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        told = []
+        for word in words:
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            told.append(f"{word} (did you mean {near[0]}?)" if near else word)
+        raise UserError(f"{where} does not know {', '.join(told)}.")
+
+
+def number(kind: type, low: float, strict: bool = False) -> Callable[[str], float]:
+    """Make an argparse type: a finite int or float that is at least (or, if strict, above) low."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low or (strict and value == low):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {noun} {'above' if strict else 'of at least'} {low}")
+        return value
+
+    return parse
+
+
+COUNT, INDEX = number(int, 1), number(int, 0)
+POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
+YES_NO = argparse.BooleanOptionalAction
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def make_parser() -> Parser:
+    """The command line, one row a flag."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
+
+    add = parser.add_argument_group("base model").add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="ID|DIR", help="SDXL: Hub id or diffusers folder")
+    add("--pretrained_vae_model_name_or_path", metavar="ID|DIR", help="another VAE, such as madebyollin/sdxl-vae-fp16-fix")
+    add("--revision", help="of the base model: branch, tag or commit")
+    add("--variant", help="of the base model's files, such as fp16")
+    add("--cache_dir", help="where downloads go")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--instance_data_dir", required=True, metavar="DIR", help="folder with the pictures of your subject")
+    add("--instance_prompt", required=True, help='with a rare word for the subject: "a photo of sks dog"')
+    add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with a crop and flip of its own")
+    add("--resolution", type=COUNT, default=1024, help="side of the square that is trained on; a multiple of 8")
+    add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
+    add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
+    add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
+    add("--dataloader_num_workers", type=INDEX, default=0, help="threads that decode pictures while they are cached")
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", action=YES_NO, default=False, help="keep the class as it was, by pictures of it")
+    add("--class_data_dir", metavar="DIR", help="folder of class pictures; missing ones are drawn into it")
+    add("--class_prompt", help='the same without the rare word: "a photo of a dog"')
+    add("--num_class_images", type=COUNT, default=100)
+    add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0)
+    add("--sample_batch_size", type=COUNT, default=4, help="class pictures drawn at once")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
+
+    add = parser.add_argument_group("adapters").add_argument
+    add("--rank", type=COUNT, default=4, help="of the LoRA matrices")
+    add("--lora_alpha", type=POSITIVE, help="scale is lora_alpha / rank; default: the rank")
+    add("--lora_dropout", type=number(float, 0), default=0.0)
+    add("--train_text_encoder", action=YES_NO, default=False, help="LoRA on both text encoders too")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--train_batch_size", type=COUNT, default=4, help="pictures of the subject in a micro-batch, per process")
+    add("--gradient_accumulation_steps", type=COUNT, default=1)
+    add("--num_train_epochs", type=COUNT, default=1, help="passes over the pictures")
+    add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
+    add("--learning_rate", type=POSITIVE, default=1e-4)
+    add("--text_encoder_lr", type=POSITIVE, default=5e-6)
+    add("--scale_lr", action=YES_NO, default=False, help="multiply both rates by the pictures in a step")
+    add("--lr_scheduler", choices=SCHEDULES, default="constant")
+    add("--lr_warmup_steps", type=INDEX, default=500, help="in optimizer steps; the constant schedule has none")
+    add("--lr_num_cycles", type=COUNT, default=1, help="of cosine_with_restarts")
+    add("--lr_power", type=POSITIVE, default=1.0, help="of polynomial")
+    add("--snr_gamma", type=POSITIVE, help="min-SNR weighting; 5 is usual")
+    add("--use_8bit_adam", action=YES_NO, default=False, help="bitsandbytes AdamW with 8-bit moments")
+    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9)
+    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999)
+    add("--adam_epsilon", type=POSITIVE, default=1e-8)
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4)
+    add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3)
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm, which is logged")
+    add("--seed", type=INDEX, help="default: drawn at random, and written to " + CONFIG_FILE)
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate was configured with")
+    add("--allow_tf32", action=YES_NO, default=False, help="faster float32 products on Ampere cards and later")
+    add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
+    add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
+        help="PyTorch's own attention needs as little memory")
+    add("--local_rank", type=int, default=-1, help="set by old launchers; accelerate knows the rank without it")
+
+    add = parser.add_argument_group("looking at it").add_argument
+    add("--validation_prompt", help="drawn before, during and after training")
+    add("--num_validation_images", type=COUNT, default=4)
+    add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
+    add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
+    add("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
+    add("--logging_dir", default="logs", help="of the tracker, inside --output_dir unless absolute")
+    add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="debug lets libraries talk")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--output_dir", default="lora-dreambooth-model", metavar="DIR")
+    add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between two checkpoints")
+    add("--checkpoints_total_limit", type=COUNT, help="older ones are removed once the new one is safe")
+    add("--resume_from_checkpoint", metavar="latest|NAME|DIR", help="go on as if the run had never stopped")
+    add("--push_to_hub", action=YES_NO, default=False, help="upload LoRA, card and pictures, nothing else")
+    add("--hub_model_id", help="default: the name of --output_dir, in your namespace")
+    add("--hub_private_repo", action=YES_NO, default=False, help="create the repository as a private one")
+    add("--hub_token", help="others on this machine can see a command line: prefer `hf auth login` or HF_TOKEN")
+    return parser
+
+
+def config_as_words(parser: Parser, path: str) -> list[str]:
+    """Read a YAML file of flags as words of a command line. Raises UserError naming the file and the key."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold lines of 'flag: value'.")
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    strangers = [f"--{key}" for key in values if key not in known]
+    if strangers:
+        parser.unknown(strangers, f"--config {path}")
+    words = []
+    for key, value in values.items():
+        is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
+        if isinstance(value, (dict, list)) or (is_switch != isinstance(value, bool) and value is not None):
+            raise UserError(f"--config {path}: {key} takes {'true or false' if is_switch else 'one value'}, not {value!r}.")
+        if value is not None:
+            words.append(f"--{'' if value else 'no-'}{key}" if is_switch else f"--{key}={value}")
+    return words
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check a command line. Raises UserError for whatever the arguments and the file system reveal."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    parser = make_parser()
+    config = early.parse_known_args(argv)[0].config
+    args, strangers = parser.parse_known_args((config_as_words(parser, config) if config else []) + argv)
+    if strangers:
+        parser.unknown(strangers, "the command line")
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Fail at the door: conflicts of flags, missing packages, folders, pictures. Raises UserError."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    if args.resolution % 8:
+        raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8} is.")
+    if args.lora_dropout >= 1 or max(args.adam_beta1, args.adam_beta2) >= 1:
+        raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
+    check_prior_flags(args)
+    check_packages(args)
+    check_base_folder(args.pretrained_model_name_or_path)
+    check_output(args)
+    folders = [("--instance_data_dir", args.instance_data_dir)]
+    if args.with_prior_preservation and Path(args.class_data_dir).exists():
+        folders.append(("--class_data_dir", args.class_data_dir))
+    for flag, folder in folders:
+        pictures = list_pictures(flag, folder)
+        if not pictures and flag == "--instance_data_dir":
+            raise UserError(f"{flag} {folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+        check_pictures(flag, pictures)
+
+
+def check_prior_flags(args: argparse.Namespace) -> None:
+    """Prior preservation needs a folder and a prompt, and those mean nothing without it."""
+    given = [flag for flag in ("class_data_dir", "class_prompt") if getattr(args, flag)]
+    if args.with_prior_preservation and len(given) < 2:
+        raise UserError("--with_prior_preservation needs --class_data_dir (a folder, which may be empty) and --class_prompt.")
+    if given and not args.with_prior_preservation:
+        logger.warning("warning: --%s does nothing without --with_prior_preservation.", given[0])
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Optional packages that were asked for must be there."""
+    needed = {"bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam), "wandb": ("--report_to wandb", args.report_to == "wandb"),
+              "tensorboard": ("--report_to tensorboard", args.report_to == "tensorboard")}
+    for package, (flag, wanted) in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs a package that is not installed: pip install {package}")
+    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        raise UserError("--enable_xformers_memory_efficient_attention needs xformers, which is not installed; leave the "
+                        "flag out: PyTorch's own attention is already memory-efficient.")
+    if args.push_to_hub and not (args.hub_token or find_token()):
+        raise UserError("--push_to_hub needs a token: run `hf auth login` or set HF_TOKEN.")
+
+
+def find_token() -> str | None:
+    """The token of `hf auth login` or the environment, if any."""
+    from huggingface_hub import get_token  # a third of a second that only a push costs
+
+    return get_token()
+
+
+def check_base_folder(name: str) -> None:
+    """A base model that is a path must be a diffusers folder of SDXL."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"--pretrained_model_name_or_path {name} is a file; give a Hub id or a diffusers folder.")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UserError(f"--pretrained_model_name_or_path {name}: no such folder, and no Hub id (owner/name).")
+    if path.is_dir():
+        check_pipeline_index(name, path / "model_index.json")
+
+
+def check_pipeline_index(name: str, index: Path) -> dict[str, Any]:
+    """Read model_index.json and make sure that it is SDXL's. Raises UserError."""
+    try:
+        pipeline = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pretrained_model_name_or_path {name} has no readable model_index.json: not a diffusers folder.") from error
+    if not str(pipeline.get("_class_name")).startswith("StableDiffusionXL") or "text_encoder_2" not in pipeline:
+        raise UserError(f"--pretrained_model_name_or_path {name} is a {pipeline.get('_class_name')}, not SDXL.")
+    return pipeline
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """The output folder can be made and written, and the checkpoint to resume from exists."""
+    output = Path(args.output_dir)
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {output} cannot be written ({error.strerror}); choose another folder.") from error
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
+    find_checkpoint(args.resume_from_checkpoint, output)
+
+
+def quiet(log_level: str) -> None:
+    """Silence the libraries' chatter, unless the level is debug; call it before they are imported."""
+    talks = log_level == "debug"
+    logger.setLevel(logging.ERROR if os.environ.get("RANK", "0") != "0" else log_level.upper())
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "info" if talks else "error")
+    os.environ.setdefault("WANDB_SILENT", "false" if talks else "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not talks:
+        warnings.filterwarnings("ignore")
+        for name in ("bitsandbytes", "accelerate", "peft", "diffusers", "transformers", "torch.distributed", "httpx", "wandb"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hide_token() -> None:
+    """Move --hub_token from the command line, which every user of the machine can read, to the environment."""
+    words = sys.argv[1:]
+    flags = [i for i, word in enumerate(words) if word.split("=")[0] == "--hub_token"]
+    if not flags or os.name != "posix":  # elsewhere exec starts a second process instead of replacing this one
+        return
+    position, together = flags[0], "=" in words[flags[0]]
+    os.environ["HF_TOKEN"] = words[position].partition("=")[2] if together else "".join(words[position + 1:position + 2])
+    del words[position:position + (1 if together else 2)]
+    os.execv(sys.executable, [sys.executable, sys.argv[0], *words])
+
+
+# ---------------------------------------------------------------------------------------------- samples and their order
+# Pure functions from folders to rows: no models, no torch, no state.
+
+
+class Sample(NamedTuple):
+    """One picture with the prompt that it is trained with; repeats of a picture are samples of their own."""
+
+    path: Path
+    prompt: str
+    repeat: int
+    is_class: bool
+
+
+class View(NamedTuple):
+    """One way of looking at a picture: mirrored or not, then cut at top and left (pixels of the resized picture)."""
+
+    top: int
+    left: int
+    flip: bool
+
+
+def list_pictures(flag: str, folder: str | Path) -> list[Path]:
+    """The pictures of a folder by name; hidden files, folders and other files are passed over. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder.")
+    files = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Read a picture as RGB: turned as its EXIF says, on white where it is transparent, the first frame if it moves."""
+    with Image.open(path) as image:
+        image.load()
+        picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I") and picture.getextrema()[1] > 255:  # 16 bits a pixel
+        picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
+    """Decode every picture once, and name all that are broken. Raises UserError."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            load_picture(path)
+        except Exception as error:  # Pillow's decoders raise whatever they like
+            return f"{path.name!r} ({' '.join(str(error).split())})"
+        return None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")
+        broken = [told for told in pool.map(fault, pictures) if told]
+    if broken:
+        raise UserError(f"{flag}: {len(broken)} of {len(pictures)} pictures cannot be read; remove or mend {', '.join(broken)}.")
+
+
+def make_samples(args: argparse.Namespace) -> list[Sample]:
+    """All rows of an epoch: the subject's pictures, each as often as it repeats, then the class pictures."""
+    pictures = list_pictures("--instance_data_dir", args.instance_data_dir)
+    samples = [Sample(path, args.instance_prompt, repeat, False) for repeat in range(args.repeats) for path in pictures]
+    if args.with_prior_preservation:
+        class_pictures = list_pictures("--class_data_dir", args.class_data_dir)
+        samples += [Sample(path, args.class_prompt, 0, True) for path in class_pictures]
+    return samples
+
+
+def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """Width and height with the shorter side at resolution."""
+    scale = resolution / min(size)
+    return max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
+
+
+def choose_view(size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool, rng: random.Random) -> View:
+    """Choose where to cut a resized picture of that size (width, height), and whether to mirror it first."""
+    spare_x, spare_y = size[0] - resolution, size[1] - resolution
+    flip = random_flip and rng.random() < 0.5
+    if center_crop:
+        return View(spare_y // 2, spare_x // 2, flip)
+    return View(rng.randint(0, spare_y), rng.randint(0, spare_x), flip)
+
+
+def position_seed(*position: object) -> int:
+    """A 63-bit seed for a position in the run: the same position gives the same seed on any machine."""
+    return random.Random(repr(position)).getrandbits(63)
+
+
+@functools.lru_cache(maxsize=64)
+def shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The numbers 0 .. count - 1 in the order of an epoch."""
+    order = list(range(count))
+    random.Random(position_seed(seed, "order", epoch)).shuffle(order)
+    return tuple(order)
+
+
+def endless(count: int, seed: int, position: int) -> int:
+    """The number at a position of the endless row of shuffled epochs, in which all are equally frequent."""
+    return shuffled(count, seed, position // count)[position % count]
+
+
+def plan_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The micro-batches that begin in an epoch: full, from one bucket each, in shuffled order.
+
+    A batch that an epoch's end would cut short takes its last rows from the next epoch, so that every batch is full
+    and every picture counts alike; a bucket of r rows gets r / batch_size batches an epoch on average.
+    """
+    batches = []
+    for number_, bucket in enumerate(buckets):
+        first, last = (e * len(bucket) // batch_size for e in (epoch, epoch + 1))
+        for batch in range(first, last):
+            positions = range(batch * batch_size, (batch + 1) * batch_size)
+            batches.append([bucket[endless(len(bucket), position_seed(seed, number_), p)] for p in positions])
+    return [batches[i] for i in shuffled(len(batches), position_seed(seed, "batches"), epoch)]
+
+
+class Order:
+    """Names the rows of micro-batch n: batch_size rows of the subject and, beside them, as many of its class."""
+
+    def __init__(self, instance_rows: Sequence[int], class_rows: Sequence[int], batch_size: int, seed: int) -> None:
+        self.buckets, self.class_rows = [instance_rows], class_rows
+        self.batch_size, self.seed = batch_size, seed
+
+    def batches_before(self, epoch: int) -> int:
+        """How many micro-batches begin before an epoch."""
+        return sum(epoch * len(bucket) // self.batch_size for bucket in self.buckets)
+
+    def rows(self, n: int) -> list[int]:
+        """The rows of micro-batch n, a function of n alone."""
+        epochs = range((n + 2) * self.batch_size)  # no epoch is shorter than one row
+        epoch = bisect.bisect_right(epochs, n, key=self.batches_before) - 1
+        rows = plan_epoch(self.buckets, self.batch_size, self.seed, epoch)[n - self.batches_before(epoch)]
+        class_positions = range(n * self.batch_size, (n + 1) * self.batch_size) if self.class_rows else ()
+        class_seed = position_seed(self.seed, "class")
+        return rows + [self.class_rows[endless(len(self.class_rows), class_seed, p)] for p in class_positions]
+
+
+def find_checkpoint(name: str | None, output: Path) -> Path | None:
+    """The checkpoint folder that --resume_from_checkpoint means; None to begin anew. Raises UserError."""
+    if name is None:
+        return None
+    if name == "latest":
+        checkpoints = list_checkpoints(output)
+        return checkpoints[-1] if checkpoints else None
+    for folder in (output / name, Path(name)):
+        if (folder / "state.pt").is_file():
+            return folder
+    found = ", ".join(folder.name for folder in list_checkpoints(output)) or "none"
+    raise UserError(f"--resume_from_checkpoint {name} names no checkpoint; in {output} there are: {found}.")
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints of an output folder, oldest first; other folders are nobody's business here."""
+    folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in folders if (path / "state.pt").is_file()), key=lambda path: int(path.name[11:]))
+
+
+if __name__ == "__main__":  # a mistake answers in half a second, not after the imports below
+    hide_token()
+    with one_sentence():
+        ARGS = parse_args()
+    quiet(ARGS.log_level)
+
+import diffusers
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+Text = tuple[Tensor, Tensor]
+"""Rows of text: (prompt_embeds, pooled_prompt_embeds) where the encoders are frozen, else both tokenizers' ids."""
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+# One place that loads parts, and the one trainable module.
+
+
+class Source(NamedTuple):
+    """Where parts come from: a Hub id or folder with revision, variant and cache folder."""
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    is_pipeline: bool = True
+
+
+PART_CLASSES = {
+    "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
+}
+TEXT_PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+
+
+def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+    """Load one part of a pipeline in its final dtype, frozen, on its device. Raises UserError naming the model."""
+    keywords: dict[str, Any] = {"revision": source.revision, "cache_dir": source.cache_dir}
+    if source.is_pipeline:
+        keywords["subfolder"] = part
+    if dtype is not None:
+        is_transformer = part.startswith("text_encoder")
+        keywords |= {"variant": source.variant, "use_safetensors": True, "dtype" if is_transformer else "torch_dtype": dtype}
+    try:
+        loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the {part} of {source.name} cannot be loaded (mistyped, private or offline?): {reason}") from error
+    return loaded.requires_grad_(False).eval().to(device) if dtype is not None else loaded
+
+
+def base_source(args: argparse.Namespace) -> Source:
+    """Where the base model's parts come from."""
+    return Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+
+
+def vae_source(args: argparse.Namespace) -> Source:
+    """Where the VAE comes from; the base model's revision and variant do not apply to another VAE."""
+    other = args.pretrained_vae_model_name_or_path
+    return Source(other, cache_dir=args.cache_dir, is_pipeline=False) if other else base_source(args)
+
+
+class Pipeline(NamedTuple):
+    """What model_index.json says beside the parts: the scheduler, and whether no negative prompt means zeros."""
+
+    scheduler: Any
+    zeros_for_empty_prompt: bool
+
+
+def load_pipeline_config(source: Source) -> Pipeline:
+    """Read the pipeline's configuration and its own scheduler; no weights. Raises UserError unless it is SDXL."""
+    keywords = {"revision": source.revision, "cache_dir": source.cache_dir}
+    try:
+        index = DiffusionPipeline.load_config(source.name, **keywords)
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        scheduler = scheduler_class.from_pretrained(source.name, subfolder="scheduler", **keywords)
+    except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
+        raise UserError(f"--pretrained_model_name_or_path {source.name} cannot be read (mistyped, private or offline?): "
+                        f"{str(error).strip().splitlines()[0]}") from error
+    if not str(index.get("_class_name")).startswith("StableDiffusionXL"):
+        raise UserError(f"--pretrained_model_name_or_path {source.name} is a {index.get('_class_name')}, not SDXL.")
+    return Pipeline(scheduler, bool(index.get("force_zeros_for_empty_prompt", True)))
+
+
+def unet_lora(args: argparse.Namespace) -> peft.LoraConfig:
+    """LoRA on the attention of the UNet."""
+    return peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, lora_dropout=args.lora_dropout,
+                           init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+
+
+def text_encoder_lora(args: argparse.Namespace, layers: int) -> peft.LoraConfig:
+    """LoRA on the attention of a text encoder's first layers; later ones have no say in what SDXL reads."""
+    numbers = "|".join(map(str, range(layers)))
+    return peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, lora_dropout=args.lora_dropout,
+                           init_lora_weights="gaussian", target_modules=rf".*layers\.({numbers})\.self_attn\.(q|k|v|out)_proj")
+
+
+def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
+    """Encode token ids (B, L) as SDXL reads them: penultimate hidden states of both encoders side by side
+    (B, L, 2048), and the second's projected output (B, 1280)."""
+    hidden = []
+    for encoder, rows in zip(encoders, ids, strict=True):
+        output = encoder(rows, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+    return torch.cat(hidden, dim=-1), output.text_embeds
+
+
+class TrainableSDXL(nn.Module):
+    """The UNet and, where they are trained, the text encoders: the one object that is prepared, clipped and saved."""
+
+    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoders = nn.ModuleList(text_encoders)
+
+    def components(self) -> dict[str, nn.Module]:
+        """Its parts by the names that diffusers gives them."""
+        return {"unet": self.unet, **dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))}
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by name; always float32."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def embed(self, text: Text) -> Text:
+        """Turn rows of text into embeddings: they are so already, unless the encoders are trained."""
+        return encode_ids(self.text_encoders, text) if len(self.text_encoders) else text
+
+    def forward(self, model_input: Tensor, timesteps: Tensor, text: Text, add_time_ids: Tensor) -> Tensor:
+        """Predict the target for noisy latents (B, 4, h, w)."""
+        prompt_embeds, pooled_prompt_embeds = self.embed(text)
+        added = {"text_embeds": pooled_prompt_embeds, "time_ids": add_time_ids}
+        return self.unet(model_input, timesteps, prompt_embeds, added_cond_kwargs=added).sample
+
+
+def load_trainable(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, seed: int) -> TrainableSDXL:
+    """Load what is trained, frozen in dtype, and put float32 adapters on it."""
+    base = base_source(args)
+    torch.manual_seed(position_seed(seed, "adapters"))  # every rank draws the same
+    unet = load_part(base, "unet", dtype, device)
+    unet.add_adapter(unet_lora(args))
+    encoders = [load_part(base, part, dtype, device) for _, part in TEXT_PARTS] if args.train_text_encoder else []
+    for encoder in encoders:
+        # the last layer counts only where a projection reads it: in the second encoder
+        unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1
+        encoder.add_adapter(text_encoder_lora(args, encoder.config.num_hidden_layers - unread))
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        for encoder in encoders:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    model = TrainableSDXL(unet, encoders)
+    for parameter in model.adapters().values():
+        parameter.data = parameter.data.float()
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+# Every distinct prompt is tokenized once and, where the encoders are frozen, encoded once; then the encoders are gone.
+
+
+def tokenize_prompts(source: Source, prompts: Sequence[str]) -> Text:
+    """Both tokenizers' ids of all prompts, each (P, L); warns with the words that are cut off a long prompt."""
+    ids = []
+    for part, _ in TEXT_PARTS:
+        tokenizer = load_part(source, part)
+        limit = tokenizer.model_max_length
+        for prompt in prompts if part == "tokenizer" else ():
+            lost = tokenizer(prompt).input_ids[limit - 1:-1]
+            if lost:
+                logger.warning('warning: a prompt is longer than %d tokens; cut off: "%s"', limit, tokenizer.decode(lost))
+        ids.append(tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids)
+    return ids[0], ids[1]
+
+
+@torch.no_grad()
+def encode_prompts(source: Source, ids: Text, dtype: torch.dtype, device: torch.device) -> Text:
+    """Embeddings of all prompts; each encoder is loaded, used and freed before the next."""
+    hidden, pooled = [], None
+    for (_, part), rows in zip(TEXT_PARTS, ids, strict=True):
+        encoder = load_part(source, part, dtype, device)
+        outputs = [encoder(row[None].to(device), output_hidden_states=True) for row in rows]
+        hidden.append(torch.cat([output.hidden_states[-2] for output in outputs]))
+        pooled = torch.cat([getattr(output, "text_embeds", output.pooler_output if part == "text_encoder" else None)
+                            for output in outputs])
+    return torch.cat(hidden, dim=-1), pooled
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """All prompts of a run with their rows of text, on the device."""
+
+    prompts: tuple[str, ...]
+    rows: Text
+    zeros_for_empty_prompt: bool
+
+    def at(self, indices: Sequence[int]) -> Text:
+        """Rows by number."""
+        return self.rows[0][indices], self.rows[1][indices]
+
+    def of(self, prompt: str) -> Text:
+        """One prompt as a batch of one row."""
+        return self.at([self.prompts.index(prompt)])
+
+
+def load_text(args: argparse.Namespace, pipeline: Pipeline, dtype: torch.dtype, device: torch.device, trained: bool) -> TextTable:
+    """Tokenize, and unless the encoders are trained encode, every prompt that the run will need."""
+    wanted = [args.instance_prompt, args.class_prompt if args.with_prior_preservation else None, args.validation_prompt, ""]
+    prompts = tuple(dict.fromkeys(prompt for prompt in wanted if prompt is not None))
+    ids = tokenize_prompts(base_source(args), prompts)
+    rows = (ids[0].to(device), ids[1].to(device)) if trained else encode_prompts(base_source(args), ids, dtype, device)
+    return TextTable(prompts, rows, pipeline.zeros_for_empty_prompt)
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+# Pictures are drawn by diffusers' own pipeline around parts that are there already.
+
+
+def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """The VAE in dtype, or in float32 where its configuration says that it overflows in half precision."""
+    vae = load_part(source, "vae", dtype, device)
+    if vae.config.force_upcast and dtype == torch.float16:
+        return load_part(source, "vae", torch.float32, device)
+    return vae
+
+
+@torch.no_grad()
+def render(unet: nn.Module, vae: AutoencoderKL, scheduler: Any, embeds: Text, negative: Text, seeds: Sequence[int],
+           resolution: int) -> list[Image.Image]:
+    """Draw one picture a seed, as StableDiffusionXLPipeline does for prompts with these embeddings (1, L, D)."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    count = len(seeds)
+    return pipeline(
+        prompt_embeds=embeds[0].repeat(count, 1, 1), pooled_prompt_embeds=embeds[1].repeat(count, 1),
+        negative_prompt_embeds=negative[0].repeat(count, 1, 1), negative_pooled_prompt_embeds=negative[1].repeat(count, 1),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds], height=resolution, width=resolution,
+        num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE).images
+
+
+def embed_pair(model: TrainableSDXL, table: TextTable, prompt: str) -> tuple[Text, Text]:
+    """Embeddings of a prompt and of the missing negative prompt, as the pipeline would compute them."""
+    embeds = model.embed(table.of(prompt))
+    if table.zeros_for_empty_prompt:
+        return embeds, (torch.zeros_like(embeds[0]), torch.zeros_like(embeds[1]))
+    return embeds, model.embed(table.of(""))
+
+
+def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
+    """Numbers and paths of the class pictures that are still to be drawn, beside those that the user brought."""
+    drawn = [folder / f"generated-{index:05d}.png" for index in range(count)]
+    brought = [path for path in list_pictures("--class_data_dir", folder) if path not in drawn]
+    return [(index, path) for index, path in enumerate(drawn[:max(0, count - len(brought))]) if not path.exists()]
+
+
+def make_class_images(args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, table: TextTable, seed: int) -> None:
+    """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = missing_class_images(folder, args.num_class_images)
+    share = missing[accelerator.process_index::accelerator.num_processes]
+    if share:
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32, "fp32": torch.float32}
+        dtype = half.get(args.prior_generation_precision, weight_dtype(accelerator))
+        unet = load_part(base_source(args), "unet", dtype, accelerator.device)
+        vae = load_vae(vae_source(args), dtype, accelerator.device)
+        cached = TextTable(table.prompts, (table.rows[0].to(dtype), table.rows[1].to(dtype)), table.zeros_for_empty_prompt)
+        embeds, negative = embed_pair(TrainableSDXL(unet), cached, args.class_prompt)
+        bar = progress_bar(len(share), "Class pictures")
+        for first in range(0, len(share), args.sample_batch_size):
+            part = share[first:first + args.sample_batch_size]
+            seeds = [position_seed(seed, "class picture", index) for index, _ in part]
+            for image, (_, path) in zip(render(unet, vae, pipeline.scheduler, embeds, negative, seeds, args.resolution), part, strict=True):
+                save_picture(image, path)
+            bar.update(len(part))
+        bar.close()
+    accelerator.wait_for_everyone()
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG beside and rename it, so that no half-written picture bears its final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    image.save(unfinished, format="PNG")
+    unfinished.replace(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+# Every view of every picture is encoded once; then the VAE is gone.
+
+
+class Batch(NamedTuple):
+    """The rows of one micro-batch, on the device: a class picture is a row with another weight."""
+
+    mean: Tensor  # (B, 4, h, w), scaled
+    std: Tensor
+    text: Text
+    add_time_ids: Tensor  # (B, 6): original height and width, crop top and left, target height and width
+    weight: Tensor  # (B,)
+    instance_rows: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Moments of the latents of all views, and which views belong to which sample."""
+
+    mean: Tensor  # (V, 4, h, w), scaled
+    std: Tensor
+    add_time_ids: Tensor  # (V, 6)
+    views: list[list[int]]  # of each sample
+    prompts: list[int]  # of each sample: its row in the text table
+    weights: list[float]  # of each sample
+    is_class: list[bool]
+
+    def rows(self, is_class: bool) -> list[int]:
+        """The samples of one kind."""
+        return [row for row, kind in enumerate(self.is_class) if kind == is_class]
+
+    def batch(self, table: TextTable, order: Order, n: int) -> Batch:
+        """Gather micro-batch n; which view of a picture it sees is a function of n, too."""
+        samples = order.rows(n)
+        views = [self.views[s][position_seed(order.seed, "view", n, i) % len(self.views[s])] for i, s in enumerate(samples)]
+        weight = torch.tensor([self.weights[s] for s in samples], device=self.mean.device)
+        return Batch(self.mean[views], self.std[views], table.at([self.prompts[s] for s in samples]),
+                     self.add_time_ids[views], weight, order.batch_size)
+
+
+def choose_views(sample: Sample, number_: int, size: tuple[int, int], args: argparse.Namespace, seed: int) -> list[View]:
+    """The distinct views of one sample that are cached."""
+    drawn = [choose_view(size, args.resolution, args.center_crop, args.random_flip, random.Random(position_seed(seed, number_, v)))
+             for v in range(CACHE_VARIANTS)]
+    return list(dict.fromkeys(drawn))
+
+
+def view_pixels(picture: Image.Image, view: View, resolution: int) -> Tensor:
+    """Mirror, cut and scale a resized picture: (3, resolution, resolution) in [-1, 1]."""
+    picture = ImageOps.mirror(picture) if view.flip else picture
+    cut = picture.crop((view.left, view.top, view.left + resolution, view.top + resolution))
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Encode one picture to the moments of its latent distribution.
+
+    pixels: (3, H, W) in [-1, 1], H and W multiples of 8. Returns mean and std, each (4, h, w), scaled, float32.
+    Raises TrainingError naming the picture if the VAE's answer is not finite even in float32.
+    """
+    for dtype in dict.fromkeys((vae.dtype, torch.float32)):
+        posterior = vae.to(dtype=dtype).encode(pixels[None].to(vae.device, dtype)).latent_dist
+        mean, std = posterior.mean[0].float(), posterior.std[0].float()
+        if mean.isfinite().all() and std.isfinite().all():
+            break
+    else:
+        raise TrainingError(f"the VAE has no finite answer for {name}: look at the picture, or use another VAE.")
+    shift = torch.tensor(getattr(vae.config, "latents_mean", None) or 0.0, device=mean.device).view(-1, 1, 1)
+    spread = torch.tensor(getattr(vae.config, "latents_std", None) or 1.0, device=mean.device).view(-1, 1, 1)
+    factor = vae.config.scaling_factor / spread
+    return (mean - shift) * factor, std * factor
+
+
+def build_cache(args: argparse.Namespace, accelerator: Accelerator, samples: Sequence[Sample], table: TextTable, seed: int) -> Cache:
+    """Encode every view of every sample, each distinct view of a file once."""
+    vae = load_vae(vae_source(args), weight_dtype(accelerator), accelerator.device)
+    filter_ = Image.Resampling[args.image_interpolation_mode.upper()]
+
+    def decode(numbered: tuple[int, Sample]) -> tuple[Sample, tuple[int, int], list[tuple[View, Tensor]]]:
+        number_, sample = numbered
+        picture = load_picture(sample.path)
+        small = picture.resize(resized(picture.size, args.resolution), filter_)
+        views = choose_views(sample, number_, small.size, args, seed)
+        return sample, picture.size, [(view, view_pixels(small, view, args.resolution)) for view in views]
+
+    moments, time_ids, seen, views_of = [], [], {}, []
+    for sample, (width, height), views in decoded_in_order(decode, list(enumerate(samples)), args.dataloader_num_workers):
+        views_of.append([])
+        for view, pixels in views:
+            if (sample.path, view) not in seen:
+                seen[sample.path, view] = len(moments)
+                moments.append(encode_image(vae, pixels, str(sample.path)))
+                time_ids.append([height, width, view.top, view.left, args.resolution, args.resolution])
+            views_of[-1].append(seen[sample.path, view])
+    device = accelerator.device
+    return Cache(
+        torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments]),
+        torch.tensor(time_ids, device=device, dtype=torch.float32), views_of, [table.prompts.index(s.prompt) for s in samples],
+        [args.prior_loss_weight if s.is_class else 1.0 for s in samples], [s.is_class for s in samples])
+
+
+def decoded_in_order(decode: Callable, samples: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Map decode over the samples with that many threads, a few pictures ahead of the VAE and no more."""
+    if not workers:
+        yield from map(decode, samples)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for first in range(0, len(samples), 4 * workers):
+            yield from pool.map(decode, samples[first:first + 4 * workers])
+
+
+# ---------------------------------------------------------------------------------------------------------- objective
+# An objective is a table over the training timesteps; a loss is a weighted mean of rows.
+
+
+class Objective(NamedTuple):
+    """model_input = a * latents + b * noise; target = c * latents + d * noise; each column (1000,), by timestep."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    weight: Tensor
+    t_cond: Tensor  # what the model is told: the timestep itself
+
+
+def make_objective(scheduler: Any, snr_gamma: float | None = None, device: torch.device | None = None) -> Objective:
+    """The table of the scheduler's own prediction type. Raises UserError for one that this script does not know.
+
+    With snr_gamma, min-SNR weights (arXiv:2303.09556, section 3.4): min(snr, g) / snr for epsilon,
+    min(snr, g) / (snr + 1) for v-prediction, which stay finite at snr = 0.
+    """
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(f"the base model predicts '{kind}' with {type(scheduler).__name__}; only epsilon and v_prediction are known.")
+    alphas = scheduler.alphas_cumprod.double()
+    a, b, snr = alphas.sqrt(), (1 - alphas).sqrt(), alphas / (1 - alphas)
+    zeros, ones = torch.zeros_like(a), torch.ones_like(a)
+    c, d = (zeros, ones) if kind == "epsilon" else (-b, a)
+    weight = ones
+    if snr_gamma is not None:
+        capped = snr.clamp(max=snr_gamma)
+        weight = torch.where(snr > 0, capped / snr, ones) if kind == "epsilon" else capped / (snr + 1)
+    columns = [column.to(device, torch.float32) for column in (a, b, c, d, weight)]
+    return Objective(*columns, torch.arange(len(a), device=device))
+
+
+def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """The loss of one micro-batch: sum of weighted rows over the number of instance rows."""
+    latents = batch.mean + batch.std * torch.randn_like(batch.mean)
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(len(objective.a), (len(latents),), device=latents.device)
+    a, b, c, d = (column[timesteps].view(-1, 1, 1, 1) for column in objective[:4])
+    prediction = model(a * latents + b * noise, objective.t_cond[timesteps], batch.text, batch.add_time_ids)
+    row_loss = (prediction.float() - (c * latents + d * noise)).square().flatten(1).mean(1)
+    return (batch.weight * objective.weight[timesteps] * row_loss).sum() / batch.instance_rows
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizer
+# Two groups, one constructor, one schedule.
+
+
+def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_step: int) -> torch.optim.Optimizer:
+    """AdamW over the adapters; the text encoders' have their own learning rate and weight decay."""
+    scale = samples_per_step if args.scale_lr else 1
+    groups = [{"params": [p for p in model.unet.parameters() if p.requires_grad], "lr": args.learning_rate * scale,
+               "weight_decay": args.adam_weight_decay}]
+    if len(model.text_encoders):
+        groups.append({"params": [p for p in model.text_encoders.parameters() if p.requires_grad],
+                       "lr": args.text_encoder_lr * scale, "weight_decay": args.adam_weight_decay_text_encoder})
+    adamw: Callable = torch.optim.AdamW
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as adamw  # seconds that only this flag costs
+    return adamw(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+# One literal dictionary, written beside and renamed; signals that end a run after the step in progress.
+
+
+@dataclass
+class TrainingState:
+    """The objects whose state a checkpoint holds; randomness and order need none, they are functions of the step."""
+
+    model: TrainableSDXL
+    optimizer: Any
+    lr_scheduler: Any
+    scaler: Any
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """All that a resumed run needs to equal one that never stopped."""
+        return {
+            "step": step,
+            "adapters": {name: parameter.detach().cpu() for name, parameter in self.model.adapters().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+        }
+
+    def load(self, folder: Path) -> int:
+        """Take up a checkpoint's state and return its step. Raises UserError if it does not fit this run."""
+        try:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            saved, adapters = state["adapters"], self.model.adapters()
+            if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in adapters.items()}:
+                raise UserError(f"{folder} holds other adapters: was it made with another --rank or --train_text_encoder?")
+            for name, parameter in adapters.items():
+                parameter.data.copy_(saved[name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.scaler and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise UserError(f"{folder} is no sound checkpoint ({str(error).splitlines()[0]}); resume from an older one.") from error
+        return state["step"]
+
+
+def save_checkpoint(output: Path, state: TrainingState, step: int, keep: int | None) -> Path:
+    """Write checkpoint-N whole or not at all, then remove the oldest beyond `keep`."""
+    folder, unfinished = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_lora(unfinished / LORA_FILE, state.model)
+    with open(unfinished / "state.pt", "wb") as file:
+        torch.save(state.state_dict(step), file)
+        file.flush()
+        os.fsync(file.fileno())
+    if folder.exists():  # the run was started again without --resume_from_checkpoint
+        shutil.rmtree(folder)
+    unfinished.replace(folder)
+    for old in list_checkpoints(output)[:-keep] if keep else ():
+        shutil.rmtree(old)
+    return folder
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGUSR1 while training, so that the step in progress can end; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> StopSignals:
+        """Take the signals over, where they can be: only a process's first thread may."""
+        self.before: dict[int, Any] = {}
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            try:
+                signum = getattr(signal, name)
+                self.before[signum] = signal.signal(signum, self.note)
+            except (AttributeError, ValueError):  # no such signal on Windows; not the first thread in some notebooks
+                continue
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the signals back."""
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum: int, frame: object) -> None:
+        """Remember the first signal."""
+        if self.signum:
+            raise KeyboardInterrupt("stopped at once, at your second request; the last checkpoint is whole.")
+        self.signum = signum
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any rank has seen, on all ranks at the same step; 0 for none."""
+        if accelerator.num_processes == 1:
+            return self.signum
+        seen = torch.tensor([self.signum], device=accelerator.device)
+        return int(accelerator.gather(seen).max())
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+# Pictures are drawn the way in which users draw, go to disk always, and to the tracker with their step.
+
+
+@contextmanager
+def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
+    """Evaluation mode with the adapters in the base's dtype, as load_lora_weights leaves them; undone on the way out."""
+    adapters, dtype = model.adapters().values(), model.unet.dtype
+    exact = [parameter.data for parameter in adapters]
+    model.eval()
+    try:
+        for parameter in adapters:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in zip(adapters, exact, strict=True):
+            parameter.data = data
+        model.train()
+
+
+@dataclass
+class Validator:
+    """Draws the validation pictures of a step; with no prompt it draws none."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: TrainableSDXL
+    pipeline: Pipeline
+    table: TextTable
+    seed: int
+    drawn: int = -1  # the last step that was drawn
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> None:
+        """Draw this rank's share, gather, write `validation/step-N/` and the contact sheet, tell the tracker."""
+        if not self.args.validation_prompt or step == self.drawn:
+            return
+        self.drawn = step
+        accelerator, count = self.accelerator, self.args.num_validation_images
+        mine = range(accelerator.process_index, count, accelerator.num_processes)
+        pictures = self.draw(mine)
+        if accelerator.num_processes > 1:
+            pictures = sorted(gather_object(pictures), key=lambda numbered: numbered[0])
+        if accelerator.is_main_process:
+            for index, image in pictures:
+                save_picture(image, validation_folder(self.args.output_dir, step) / f"{index:02d}.png")
+            save_picture(contact_sheet(Path(self.args.output_dir)), Path(self.args.output_dir) / "progress.png")
+            images = [np.asarray(image) for _, image in pictures]
+            for tracker in accelerator.trackers:
+                keywords = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.stack(images) if keywords else images}, step=step, **keywords)
+        accelerator.wait_for_everyone()
+
+    def draw(self, indices: Iterable[int]) -> list[tuple[int, Image.Image]]:
+        """Numbered pictures, one after the other: the peak of one is what they cost."""
+        vae = load_part(vae_source(self.args), "vae", self.model.unet.dtype, self.accelerator.device)
+        with as_users_load_it(self.model):
+            embeds, negative = embed_pair(self.model, self.table, self.args.validation_prompt)
+            return [(index, render(self.model.unet, vae, self.pipeline.scheduler, embeds, negative, [self.seed + index],
+                                   self.args.resolution)[0]) for index in indices]
+
+
+def validation_folder(output: str | Path, step: int) -> Path:
+    """Where the pictures of a step are kept."""
+    return Path(output) / "validation" / f"step-{step:06d}"
+
+
+def contact_sheet(output: Path, side: int = 192) -> Image.Image:
+    """One picture of all validations so far: a column a step, the untrained model first; a row a seed."""
+    columns = [sorted(folder.glob("*.png")) for folder in sorted((output / "validation").glob("step-*"))]
+    columns = [column for column in columns if column]
+    sheet = Image.new("RGB", (len(columns) * (side + 6) + 6, max(map(len, columns)) * (side + 6) + 22), "white")
+    for x, column in enumerate(columns):
+        step = int(column[0].parent.name[5:])
+        label = "untrained" if step == 0 else f"step {step}"
+        ImageDraw.Draw(sheet).text((x * (side + 6) + 8, 5), label, fill="black")
+        for y, path in enumerate(column):
+            thumbnail = load_picture(path).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(thumbnail, (x * (side + 6) + 6, y * (side + 6) + 20))
+    return sheet
+
+
+# ------------------------------------------------------------------------------------------------------ training loop
+# Draw rows, loss, backward, clip, step; then log, save, validate where due.
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now."""
+    return step % every == 0
+
+
+def progress_bar(total: int, label: str, initial: int = 0) -> tqdm:
+    """A bar on a terminal, a line twice a minute elsewhere, nothing on other ranks or below --log_level info."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=total, desc=label, initial=initial, mininterval=interval, dynamic_ncols=True,
+                disable=not logger.isEnabledFor(logging.INFO))
+
+
+class Meter:
+    """Averages the loss over what was seen since the last look; adding never waits for the device."""
+
+    def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
+        self.accelerator, self.samples_per_step = accelerator, samples_per_step
+        self.total, self.norm, self.count, self.steps = torch.zeros((), device=accelerator.device), None, 0, 0
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        """Note a micro-batch's loss."""
+        self.total += loss.detach()
+        self.count += 1
+
+    def read(self, step: int) -> dict[str, float]:
+        """What trackers are told, and a fresh start. Raises TrainingError if the loss is not finite."""
+        mean = self.accelerator.reduce(self.total / max(1, self.count), "mean").item()
+        now = time.perf_counter()
+        told = {"loss": mean, "grad_norm": float(self.norm), "samples_per_second": self.steps * self.samples_per_step / (now - self.since),
+                "peak_memory_gb": peak_memory_gb(self.accelerator.device)}
+        if not math.isfinite(mean) or not math.isfinite(told["grad_norm"]) and not self.accelerator.scaler:
+            raise TrainingError(f"the loss became {mean} within the last {self.steps} steps before step {step}; nothing was saved over "
+                                "the last checkpoint. A lower --learning_rate or --mixed_precision bf16 helps.")
+        self.total.zero_()
+        self.count, self.steps, self.since = 0, 0, now
+        return told
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that was in use, on the GPU or, without one, by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return math.nan
+    import resource
+
+    scale = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+class Schedule(NamedTuple):
+    """How long a run is, in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: float
+    samples_per_step: int
+
+
+def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Schedule:
+    """Steps from epochs or from --max_train_steps; an epoch need not be a whole number of steps."""
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world
+    steps_per_epoch = instance_rows / samples_per_step
+    return Schedule(args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch), steps_per_epoch, samples_per_step)
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    step: int
+    loss: float
+    stopped_by: int  # a signal's number, or 0
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, model: TrainableSDXL, batch_at: Callable[[int], Batch],
+          objective: Objective, validate: Callable[[int], None], schedule: Schedule, seed: int) -> Outcome:
+    """Train the adapters, resuming where a checkpoint left off."""
+    output, accumulation = Path(args.output_dir), args.gradient_accumulation_steps
+    optimizer = make_optimizer(args, model, schedule.samples_per_step)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, power=args.lr_power,
+                                 num_training_steps=schedule.total_steps, num_cycles=args.lr_num_cycles)
+    prepared, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: accelerate steps it once a process
+    state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output)
+    step = state.load(checkpoint) if checkpoint else 0
+    adapters = list(model.adapters().values())
+    validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
+    model.train()
+    meter, told = Meter(accelerator, schedule.samples_per_step), {"loss": math.nan}
+    if step == 0:
+        validate(0)
+    with StopSignals() as stop, progress_bar(schedule.total_steps, "Training", step) as bar:
+        while step < schedule.total_steps and not stop.agreed(accelerator):
+            for micro in range(accumulation):
+                n = (step * accumulation + micro) * accelerator.num_processes + accelerator.process_index
+                torch.manual_seed(position_seed(seed, "noise", n))
+                with accelerator.accumulate(prepared):
+                    loss = diffusion_loss(prepared, objective, batch_at(n))
+                    accelerator.backward(loss)
+                meter.add(loss)
+            meter.norm = accelerator.clip_grad_norm_(adapters, args.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            step, meter.steps = step + 1, meter.steps + 1
+            bar.update()
+            is_last = step == schedule.total_steps
+            if is_last or due(step, LOG_STEPS) or due(step, args.checkpointing_steps):
+                told = meter.read(step)
+                rates = dict(zip(("lr/unet", "lr/text_encoder"), lr_scheduler.get_last_lr(), strict=False))
+                accelerator.log(told | rates, step=step)
+                bar.set_postfix(loss=f"{told['loss']:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
+            if due(step, args.checkpointing_steps) and accelerator.is_main_process:
+                save_checkpoint(output, state, step, args.checkpoints_total_limit)
+            if due(step, validation_steps) or is_last:
+                validate(step)
+        signum = stop.agreed(accelerator)
+        if signum and accelerator.is_main_process:
+            save_checkpoint(output, state, step, args.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+    return Outcome(step, told["loss"], signum)
+
+
+# ---------------------------------------------------------------------------------------------------------- artifacts
+# The LoRA file, proven by reading it back; the model card; the Hub.
+
+
+def lora_tensors(model: TrainableSDXL) -> dict[str, Tensor]:
+    """The adapters under the names that every diffusers loader knows, float32 on the CPU."""
+    tensors = {}
+    for component, part in model.components().items():
+        for name, tensor in peft.get_peft_model_state_dict(part, adapter_name="default").items():
+            # transformers 5 dropped the first encoder's `text_model.`, which every reader outside still expects
+            middle = "text_model." if component != "unet" and not name.startswith("text_model.") else ""
+            tensors[f"{component}.{middle}{name}"] = tensor.detach().float().cpu().contiguous()
+    return tensors
+
+
+def lora_metadata(model: TrainableSDXL) -> dict[str, str]:
+    """The header entry from which diffusers restores rank and alpha; the fields that old and new peft share."""
+    fields = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "lora_bias")
+    settings = {}
+    for component, part in model.components().items():
+        config = part.peft_config["default"].to_dict()
+        for field in fields:
+            value = config[field]
+            settings[f"{component}.{field}"] = sorted(value) if isinstance(value, set) else value
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+
+
+def write_lora(path: Path, model: TrainableSDXL) -> None:
+    """Write the LoRA beside and rename it, once what was written reads back as the live adapters."""
+    tensors, unfinished = lora_tensors(model), path.with_name(f".{path.name}.tmp")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise TrainingError(f"the adapters are not finite; {path} was not written. A lower --learning_rate helps.")
+    save_file(tensors, unfinished, lora_metadata(model))
+    with safe_open(unfinished, framework="pt") as file:
+        same = set(file.keys()) == set(tensors) and all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors)
+        same = same and file.metadata() == lora_metadata(model)
+    if not same:
+        raise TrainingError(f"{path} did not read back as it was written: is the disk failing? The last checkpoint is whole.")
+    os.chmod(unfinished, 0o666 & ~current_umask())  # safetensors makes files that only their owner can read
+    unfinished.replace(path)
+
+
+def current_umask() -> int:
+    """The user's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def public_settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The flags from which the same run starts again: no secrets, no unset ones, the seed that was used."""
+    hidden = {*SECRET_FLAGS, "config", "local_rank"}
+    return {key: value for key, value in {**vars(args), "seed": seed}.items() if key not in hidden and value is not None}
+
+
+def write_config(args: argparse.Namespace, seed: int) -> None:
+    """Leave training_config.yaml in the output folder."""
+    path = Path(args.output_dir) / CONFIG_FILE
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(yaml.safe_dump(public_settings(args, seed), sort_keys=True, allow_unicode=True), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def command_of(args: argparse.Namespace, seed: int) -> str:
+    """The command that makes this run, with the flags that differ from their defaults."""
+    parser = make_parser()
+    words = ["accelerate launch train_dreambooth_lora_sdxl.py"]
+    for key, value in public_settings(args, seed).items():
+        if value != parser.get_default(key):
+            words.append(f"--{'' if value else 'no-'}{key}" if isinstance(value, bool) else f"--{key} {shlex.quote(str(value))}")
+    return " \\\n    ".join(words)
+
+
+def base_license(source: Source) -> str | None:
+    """The license that the base model's card states, if it has a card that can be read."""
+    try:
+        card = Path(source.name) / "README.md"
+        return ModelCard.load(str(card) if Path(source.name).is_dir() else source.name).data.license
+    except Exception:  # no card, no network, no front matter: the card says nothing of a license then
+        return None
+
+
+CARD = """
+# {title}
+
+<Gallery />
+
+LoRA weights for {base_link}, trained with DreamBooth on {pictures} pictures by `train_dreambooth_lora_sdxl.py`.
+
+## Trigger words
+
+Use `{trigger}` in your prompt.
+
+## Use it
+
+```python
+import torch
+from diffusers import {imports}
+
+{vae_lines}pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}{vae_argument}, torch_dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
+image = pipeline({prompt!r}, num_inference_steps=25).images[0]
+```
+
+## How it was made
+
+VAE in training: {vae}. LoRA on {parts}. The command:
+
+{fence}bash
+{command}
+{fence}
+"""
+
+
+def write_card(args: argparse.Namespace, accelerator: Accelerator, repo: str, step: int, seed: int, pictures: int) -> list[Path]:
+    """Write README.md with gallery, trigger words and the command; returns the pictures that the gallery shows."""
+    output, base, vae = Path(args.output_dir), args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    gallery = sorted(validation_folder(output, step).glob("*.png"))
+    widget = [{"text": args.validation_prompt or " ", "output": {"url": path.relative_to(output).as_posix()}} for path in gallery]
+    is_hub_id = not Path(base).exists()
+    data = ModelCardData(
+        license=base_license(base_source(args)), library_name="diffusers", base_model=base if is_hub_id else None,
+        instance_prompt=args.instance_prompt, widget=widget or None,
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers"])
+    command = command_of(args, seed)
+    body = CARD.format(
+        title=re.sub(r"[^\w .-]", " ", output.resolve().name), base=base, base_link=f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`",
+        pictures=pictures, trigger=args.instance_prompt.replace("`", "'"), repo=repo, prompt=args.validation_prompt or args.instance_prompt,
+        imports="AutoencoderKL, StableDiffusionXLPipeline" if vae else "StableDiffusionXLPipeline",
+        vae_lines=f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=torch.float16)\n" if vae else "",
+        vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's", command=command,
+        parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
+    path = output / "README.md"
+    unfinished = path.with_name(".README.md.tmp")
+    unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
+    unfinished.replace(path)
+    return gallery
+
+
+def create_repository(args: argparse.Namespace) -> str:
+    """Create the Hub repository, or find it there, before training begins; returns its id. Raises UserError."""
+    api = HfApi(token=args.hub_token)
+    try:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"--push_to_hub cannot create {args.hub_model_id or 'the repository'}: {str(error).strip().splitlines()[0]}") from None
+
+
+def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
+    """Upload LoRA, card and gallery, and nothing else, in one commit; returns its address. Raises TrainingError."""
+    output = Path(args.output_dir)
+    files = [output / LORA_FILE, output / "README.md", *gallery]
+    operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path) for path in files]
+    try:
+        return HfApi(token=args.hub_token).create_commit(repo, operations, commit_message="LoRA weights, card and pictures").commit_url
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise TrainingError(f"the upload to {repo} failed ({str(error).strip().splitlines()[0]}); everything is safe in {output}. Try again "
+                            f"with: hf upload {repo} {output} --include {LORA_FILE} README.md 'validation/*'") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- entry
+# The phases, in the order in which they happen.
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What frozen weights are kept in: accelerate's precision, wherever it was configured."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set accelerate up and check what only the device can tell. Raises UserError."""
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(logging_dir)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {args.mixed_precision}: {str(error).rstrip('.')}; use bf16 or no.") from error
+    if accelerator.distributed_type.name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(f"accelerate is configured for {accelerator.distributed_type.name}, which shards a model whose adapters are "
+                        "a few megabytes; configure plain multi-GPU instead.")
+    if args.enable_xformers_memory_efficient_attention:
+        check_xformers(accelerator.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 or args.allow_tf32
+    return accelerator
+
+
+def check_xformers(device: torch.device) -> None:
+    """Run xformers' attention once on this device. Raises UserError where its kernels cannot."""
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        row = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)
+        memory_efficient_attention(row, row, row)
+    except Exception as error:  # its wheels fail in many ways beside another torch
+        raise UserError(f"--enable_xformers_memory_efficient_attention: xformers has no kernel that runs on {device} here; leave the "
+                        "flag out: PyTorch's own attention is already memory-efficient.") from error
+
+
+def agree_on_seed(args: argparse.Namespace) -> int:
+    """--seed, or one drawn by the first rank for all."""
+    seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
+    return broadcast_object_list(seed)[0]
+
+
+def say_plan(args: argparse.Namespace, accelerator: Accelerator, schedule: Schedule, samples: Sequence[Sample], seed: int) -> None:
+    """Tell what is about to happen: what, how many, how long, where it goes."""
+    pictures, classes = sum(not s.is_class for s in samples), sum(s.is_class for s in samples)
+    repeats = f" ({args.repeats} repeats)" if args.repeats > 1 else ""
+    passes = schedule.total_steps / schedule.steps_per_epoch
+    rows = [
+        ("Subject", f'{pictures} pictures{repeats} in {args.instance_data_dir}, "{args.instance_prompt}"'),
+        ("Class", f'{classes} pictures in {args.class_data_dir}, "{args.class_prompt}"' if classes else ""),
+        ("Base", f"{args.pretrained_model_name_or_path}, {accelerator.mixed_precision.replace('no', 'fp32')} on {accelerator.device}"),
+        ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
+        ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px: {passes:.0f} passes; seed {seed}"),
+        ("Output", f"{args.output_dir}"),
+    ]
+    logger.info("\n".join(f"{name:9}{text}" for name, text in rows if text))
+
+
+def say_summary(args: argparse.Namespace, outcome: Outcome, seconds: float, address: str | None) -> None:
+    """Tell what came of it and where the files are."""
+    output = Path(args.output_dir)
+    size = (output / LORA_FILE).stat().st_size / 1e6
+    rows = [("Done", f"{outcome.step} steps in {seconds / 60:.1f} minutes, loss {outcome.loss:.4f}"),
+            ("LoRA", f"{output / LORA_FILE} ({size:.1f} MB)"), ("Card", f"{output / 'README.md'}"),
+            ("Pictures", f"{output / 'progress.png'}" if args.validation_prompt else ""), ("Hub", address or "")]
+    logger.info("\n".join(f"{name:9}{text}" for name, text in rows if text))
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator, seed: int) -> None:
+    """Begin the tracker's run, with the settings but no secrets."""
+    folder = Path(args.output_dir, args.logging_dir)
+    if args.report_to != "none" and accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("dreambooth-lora-sdxl", public_settings(args, seed), {"wandb": {"dir": str(folder)}})
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train as args say: the table of contents."""
+    started = time.perf_counter()
+    quiet(args.log_level)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    accelerator = make_accelerator(args)
+    device, dtype, seed = accelerator.device, weight_dtype(accelerator), agree_on_seed(args)
+    pipeline = load_pipeline_config(base_source(args))
+    objective = make_objective(pipeline.scheduler, args.snr_gamma, device)
+    repo = create_repository(args) if args.push_to_hub and accelerator.is_main_process else args.output_dir
+
+    if args.with_prior_preservation:
+        make_class_images(args, accelerator, pipeline, load_text(args, pipeline, dtype, device, trained=False), seed)
+    samples = make_samples(args)
+    schedule = plan_steps(args, sum(not sample.is_class for sample in samples), accelerator.num_processes)
+    say_plan(args, accelerator, schedule, samples, seed)
+    table = load_text(args, pipeline, dtype, device, trained=args.train_text_encoder)
+    cache = build_cache(args, accelerator, samples, table, seed)
+    order = Order(cache.rows(is_class=False), cache.rows(is_class=True), args.train_batch_size, seed)
+    model = load_trainable(args, dtype, device, seed)
+
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_config(args, seed)
+    start_trackers(args, accelerator, seed)
+    validate = Validator(args, accelerator, model, pipeline, table, seed)
+    batch_at = functools.partial(cache.batch, table, order)
+    outcome = train(args, accelerator, model, batch_at, objective, validate, schedule, seed)
+    finish(args, accelerator, model, outcome, repo, seed, started, len({s.path for s in samples if not s.is_class}))
+
+
+def finish(args: argparse.Namespace, accelerator: Accelerator, model: TrainableSDXL, outcome: Outcome, repo: str, seed: int,
+           started: float, pictures: int) -> None:
+    """Write the LoRA, the card and the summary; push. Raises Stopped if a signal ended the training."""
+    address = None
+    if accelerator.is_main_process:
+        output = Path(args.output_dir)
+        write_lora(output / LORA_FILE, model)
+        gallery = write_card(args, accelerator, repo, outcome.step, seed, pictures)
+        if args.push_to_hub and not outcome.stopped_by:
+            address = push(args, repo, gallery)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if outcome.stopped_by:
+        again = f"accelerate launch {sys.argv[0]} --config {Path(args.output_dir) / CONFIG_FILE} --resume_from_checkpoint latest"
+        raise Stopped(outcome.stopped_by, f"stopped after step {outcome.step}; checkpoint and LoRA are safe. Go on with:\n    {again}")
+    if accelerator.is_main_process:
+        say_summary(args, outcome, time.perf_counter() - started, address)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(ARGS)
