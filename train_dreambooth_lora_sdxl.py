@@ -37,6 +37,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -90,7 +91,7 @@ def one_sentence() -> Iterator[None]:
         yield
     except (UserError, TrainingError, Stopped, KeyboardInterrupt) as ending:
         codes = {UserError: 2, TrainingError: 1, KeyboardInterrupt: 130}
-        message = str(ending) or "interrupted before training began; nothing was written that another start cannot use."
+        message = str(ending) or "interrupted before training began; what was written so far is whole."
         if os.environ.get("RANK", "0") == "0":
             print(message if isinstance(ending, Stopped) else f"error: {message}", file=sys.stderr)
         sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
@@ -139,14 +140,15 @@ YES_NO = argparse.BooleanOptionalAction
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
-def make_parser() -> Parser:
+def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     """The command line, one row a flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
 
     add = parser.add_argument_group("base model").add_argument
     add("--pretrained_model_name_or_path", required=True, metavar="ID|DIR", help="SDXL: Hub id or diffusers folder")
-    add("--pretrained_vae_model_name_or_path", metavar="ID|DIR", help="another VAE, such as madebyollin/sdxl-vae-fp16-fix")
+    add("--pretrained_vae_model_name_or_path", metavar="ID|DIR",
+        help="another VAE, such as madebyollin/sdxl-vae-fp16-fix")
     add("--revision", help="of the base model: branch, tag or commit")
     add("--variant", help="of the base model's files, such as fp16")
     add("--cache_dir", help="where downloads go")
@@ -154,7 +156,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("pictures").add_argument
     add("--instance_data_dir", required=True, metavar="DIR", help="folder with the pictures of your subject")
     add("--instance_prompt", required=True, help='with a rare word for the subject: "a photo of sks dog"')
-    add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with a crop and flip of its own")
+    add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with its own crop and flip")
     add("--resolution", type=COUNT, default=1024, help="side of the square that is trained on; a multiple of 8")
     add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
     add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
@@ -243,7 +245,8 @@ def config_as_words(parser: Parser, path: str) -> list[str]:
     for key, value in values.items():
         is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
         if isinstance(value, (dict, list)) or (is_switch != isinstance(value, bool) and value is not None):
-            raise UserError(f"--config {path}: {key} takes {'true or false' if is_switch else 'one value'}, not {value!r}.")
+            wanted = "true or false" if is_switch else "one value"
+            raise UserError(f"--config {path}: {key} takes {wanted}, not {value!r}.")
         if value is not None:
             words.append(f"--{'' if value else 'no-'}{key}" if is_switch else f"--{key}={value}")
     return words
@@ -259,13 +262,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, strangers = parser.parse_known_args((config_as_words(parser, config) if config else []) + argv)
     if strangers:
         parser.unknown(strangers, "the command line")
+    quiet(args.log_level)
     check_args(args)
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Fail at the door: conflicts of flags, missing packages, folders, pictures. Raises UserError."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
     if args.resolution % 8:
         raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8} is.")
     if args.lora_dropout >= 1 or max(args.adam_beta1, args.adam_beta2) >= 1:
@@ -288,21 +291,22 @@ def check_prior_flags(args: argparse.Namespace) -> None:
     """Prior preservation needs a folder and a prompt, and those mean nothing without it."""
     given = [flag for flag in ("class_data_dir", "class_prompt") if getattr(args, flag)]
     if args.with_prior_preservation and len(given) < 2:
-        raise UserError("--with_prior_preservation needs --class_data_dir (a folder, which may be empty) and --class_prompt.")
+        raise UserError("--with_prior_preservation needs --class_data_dir (it may be empty) and --class_prompt.")
     if given and not args.with_prior_preservation:
         logger.warning("warning: --%s does nothing without --with_prior_preservation.", given[0])
 
 
 def check_packages(args: argparse.Namespace) -> None:
     """Optional packages that were asked for must be there."""
-    needed = {"bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam), "wandb": ("--report_to wandb", args.report_to == "wandb"),
-              "tensorboard": ("--report_to tensorboard", args.report_to == "tensorboard")}
-    for package, (flag, wanted) in needed.items():
-        if wanted and importlib.util.find_spec(package) is None:
+    needed = {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
+    if args.report_to != "none":
+        needed[f"--report_to {args.report_to}"] = args.report_to
+    for flag, package in needed.items():
+        if importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs a package that is not installed: pip install {package}")
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-        raise UserError("--enable_xformers_memory_efficient_attention needs xformers, which is not installed; leave the "
-                        "flag out: PyTorch's own attention is already memory-efficient.")
+        raise UserError("--enable_xformers_memory_efficient_attention needs xformers, which is not installed; leave "
+                        "the flag out: PyTorch's own attention is already memory-efficient.")
     if args.push_to_hub and not (args.hub_token or find_token()):
         raise UserError("--push_to_hub needs a token: run `hf auth login` or set HF_TOKEN.")
 
@@ -322,18 +326,19 @@ def check_base_folder(name: str) -> None:
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(f"--pretrained_model_name_or_path {name}: no such folder, and no Hub id (owner/name).")
     if path.is_dir():
-        check_pipeline_index(name, path / "model_index.json")
+        try:
+            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--pretrained_model_name_or_path {name} is not a diffusers folder: it has no readable "
+                            "model_index.json.") from error
+        check_is_sdxl(name, index)
 
 
-def check_pipeline_index(name: str, index: Path) -> dict[str, Any]:
-    """Read model_index.json and make sure that it is SDXL's. Raises UserError."""
-    try:
-        pipeline = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {name} has no readable model_index.json: not a diffusers folder.") from error
-    if not str(pipeline.get("_class_name")).startswith("StableDiffusionXL") or "text_encoder_2" not in pipeline:
-        raise UserError(f"--pretrained_model_name_or_path {name} is a {pipeline.get('_class_name')}, not SDXL.")
-    return pipeline
+def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
+    """The base model's model_index.json must be that of an SDXL pipeline."""
+    kind = index.get("_class_name")
+    if not str(kind).startswith("StableDiffusionXL") or "text_encoder_2" not in index:
+        raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not SDXL, which this script trains.")
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -344,7 +349,7 @@ def check_output(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise UserError(f"--output_dir {output} cannot be written ({error.strerror}); choose another folder.") from error
+        raise UserError(f"--output_dir {output} cannot be written ({error.strerror}); choose another.") from error
     finally:
         for folder in missing:
             if folder.is_dir():
@@ -355,6 +360,9 @@ def check_output(args: argparse.Namespace) -> None:
 def quiet(log_level: str) -> None:
     """Silence the libraries' chatter, unless the level is debug; call it before they are imported."""
     talks = log_level == "debug"
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.propagate = False
     logger.setLevel(logging.ERROR if os.environ.get("RANK", "0") != "0" else log_level.upper())
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "info" if talks else "error")
@@ -362,8 +370,8 @@ def quiet(log_level: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not talks:
         warnings.filterwarnings("ignore")
-        for name in ("bitsandbytes", "accelerate", "peft", "diffusers", "transformers", "torch.distributed", "httpx", "wandb"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for library in ("accelerate", "bitsandbytes", "diffusers", "httpx", "peft", "transformers", "wandb"):
+            logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def hide_token() -> None:
@@ -372,13 +380,13 @@ def hide_token() -> None:
     flags = [i for i, word in enumerate(words) if word.split("=")[0] == "--hub_token"]
     if not flags or os.name != "posix":  # elsewhere exec starts a second process instead of replacing this one
         return
-    position, together = flags[0], "=" in words[flags[0]]
-    os.environ["HF_TOKEN"] = words[position].partition("=")[2] if together else "".join(words[position + 1:position + 2])
-    del words[position:position + (1 if together else 2)]
+    position = flags[0]
+    flag, equals, token = words.pop(position).partition("=")
+    os.environ["HF_TOKEN"] = token if equals or position == len(words) else words.pop(position)
     os.execv(sys.executable, [sys.executable, sys.argv[0], *words])
 
 
-# ---------------------------------------------------------------------------------------------- samples and their order
+# --------------------------------------------------------------------------------------------- samples and their order
 # Pure functions from folders to rows: no models, no torch, no state.
 
 
@@ -409,7 +417,7 @@ def list_pictures(flag: str, folder: str | Path) -> list[Path]:
 
 
 def load_picture(path: str | Path) -> Image.Image:
-    """Read a picture as RGB: turned as its EXIF says, on white where it is transparent, the first frame if it moves."""
+    """Read a picture as RGB: turned as its EXIF says, on white where transparent, the first frame if it moves."""
     with Image.open(path) as image:
         image.load()
         picture = ImageOps.exif_transpose(image)
@@ -435,13 +443,15 @@ def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
         warnings.simplefilter("ignore")
         broken = [told for told in pool.map(fault, pictures) if told]
     if broken:
-        raise UserError(f"{flag}: {len(broken)} of {len(pictures)} pictures cannot be read; remove or mend {', '.join(broken)}.")
+        raise UserError(f"{flag}: {len(broken)} of {len(pictures)} pictures cannot be read; remove or mend "
+                        f"{', '.join(broken)}.")
 
 
 def make_samples(args: argparse.Namespace) -> list[Sample]:
     """All rows of an epoch: the subject's pictures, each as often as it repeats, then the class pictures."""
     pictures = list_pictures("--instance_data_dir", args.instance_data_dir)
-    samples = [Sample(path, args.instance_prompt, repeat, False) for repeat in range(args.repeats) for path in pictures]
+    repeats = range(args.repeats)
+    samples = [Sample(path, args.instance_prompt, repeat, False) for repeat in repeats for path in pictures]
     if args.with_prior_preservation:
         class_pictures = list_pictures("--class_data_dir", args.class_data_dir)
         samples += [Sample(path, args.class_prompt, 0, True) for path in class_pictures]
@@ -454,7 +464,8 @@ def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
 
 
-def choose_view(size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool, rng: random.Random) -> View:
+def choose_view(size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool,
+                rng: random.Random) -> View:
     """Choose where to cut a resized picture of that size (width, height), and whether to mirror it first."""
     spare_x, spare_y = size[0] - resolution, size[1] - resolution
     flip = random_flip and rng.random() < 0.5
@@ -502,6 +513,7 @@ class Order:
     def __init__(self, instance_rows: Sequence[int], class_rows: Sequence[int], batch_size: int, seed: int) -> None:
         self.buckets, self.class_rows = [instance_rows], class_rows
         self.batch_size, self.seed = batch_size, seed
+        self.plan = functools.lru_cache(maxsize=2)(functools.partial(plan_epoch, self.buckets, batch_size, seed))
 
     def batches_before(self, epoch: int) -> int:
         """How many micro-batches begin before an epoch."""
@@ -511,7 +523,7 @@ class Order:
         """The rows of micro-batch n, a function of n alone."""
         epochs = range((n + 2) * self.batch_size)  # no epoch is shorter than one row
         epoch = bisect.bisect_right(epochs, n, key=self.batches_before) - 1
-        rows = plan_epoch(self.buckets, self.batch_size, self.seed, epoch)[n - self.batches_before(epoch)]
+        rows = self.plan(epoch)[n - self.batches_before(epoch)]
         class_positions = range(n * self.batch_size, (n + 1) * self.batch_size) if self.class_rows else ()
         class_seed = position_seed(self.seed, "class")
         return rows + [self.class_rows[endless(len(self.class_rows), class_seed, p)] for p in class_positions]
@@ -541,7 +553,6 @@ if __name__ == "__main__":  # a mistake answers in half a second, not after the 
     hide_token()
     with one_sentence():
         ARGS = parse_args()
-    quiet(ARGS.log_level)
 
 import diffusers
 import numpy as np
@@ -565,7 +576,7 @@ Text = tuple[Tensor, Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-# One place that loads parts, and the one trainable module.
+# The run's constants, the one place that loads parts, and the one trainable module.
 
 
 class Source(NamedTuple):
@@ -578,11 +589,58 @@ class Source(NamedTuple):
     is_pipeline: bool = True
 
 
+@dataclass(frozen=True)
+class Run:
+    """What all phases share: the flags, the machine, the seed, and what the base model's configuration says."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    seed: int
+    scheduler: Any
+    zeros_for_empty_prompt: bool  # no negative prompt means zeros, as in SDXL base 1.0
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.args.output_dir)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What frozen weights are kept in: accelerate's precision, wherever it was configured."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    @property
+    def base(self) -> Source:
+        """Where the base model's parts come from."""
+        return base_source(self.args)
+
+    @property
+    def vae(self) -> Source:
+        """Where the VAE comes from; the base model's revision and variant do not apply to another VAE."""
+        other = self.args.pretrained_vae_model_name_or_path
+        return Source(other, cache_dir=self.args.cache_dir, is_pipeline=False) if other else self.base
+
+
 PART_CLASSES = {
     "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
 }
-TEXT_PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def base_source(args: argparse.Namespace) -> Source:
+    """Where the base model's parts come from."""
+    return Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
 
 
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
@@ -591,70 +649,62 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     if source.is_pipeline:
         keywords["subfolder"] = part
     if dtype is not None:
-        is_transformer = part.startswith("text_encoder")
-        keywords |= {"variant": source.variant, "use_safetensors": True, "dtype" if is_transformer else "torch_dtype": dtype}
+        dtype_keyword = "dtype" if part in TEXT_ENCODERS else "torch_dtype"  # transformers' name for it, and diffusers'
+        keywords |= {"variant": source.variant, "use_safetensors": True, dtype_keyword: dtype}
     try:
         loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the {part} of {source.name} cannot be loaded (mistyped, private or offline?): {reason}") from error
-    return loaded.requires_grad_(False).eval().to(device) if dtype is not None else loaded
+        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, or not in the "
+                        f"cache while offline? ({first_line(error)})") from error
+    return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
 
 
-def base_source(args: argparse.Namespace) -> Source:
-    """Where the base model's parts come from."""
-    return Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """The VAE in dtype, or in float32 where its configuration says that it overflows in float16."""
+    vae = load_part(source, "vae", dtype, device)
+    if vae.config.force_upcast and dtype == torch.float16:
+        return load_part(source, "vae", torch.float32, device)
+    return vae
 
 
-def vae_source(args: argparse.Namespace) -> Source:
-    """Where the VAE comes from; the base model's revision and variant do not apply to another VAE."""
-    other = args.pretrained_vae_model_name_or_path
-    return Source(other, cache_dir=args.cache_dir, is_pipeline=False) if other else base_source(args)
+def load_base_config(source: Source) -> tuple[Any, bool]:
+    """The base model's own scheduler, and whether no negative prompt means zeros; no weights.
 
-
-class Pipeline(NamedTuple):
-    """What model_index.json says beside the parts: the scheduler, and whether no negative prompt means zeros."""
-
-    scheduler: Any
-    zeros_for_empty_prompt: bool
-
-
-def load_pipeline_config(source: Source) -> Pipeline:
-    """Read the pipeline's configuration and its own scheduler; no weights. Raises UserError unless it is SDXL."""
+    Raises UserError unless the model can be found and is SDXL.
+    """
     keywords = {"revision": source.revision, "cache_dir": source.cache_dir}
     try:
         index = DiffusionPipeline.load_config(source.name, **keywords)
+        check_is_sdxl(source.name, index)
         scheduler_class = getattr(diffusers, index["scheduler"][1])
         scheduler = scheduler_class.from_pretrained(source.name, subfolder="scheduler", **keywords)
     except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {source.name} cannot be read (mistyped, private or offline?): "
-                        f"{str(error).strip().splitlines()[0]}") from error
-    if not str(index.get("_class_name")).startswith("StableDiffusionXL"):
-        raise UserError(f"--pretrained_model_name_or_path {source.name} is a {index.get('_class_name')}, not SDXL.")
-    return Pipeline(scheduler, bool(index.get("force_zeros_for_empty_prompt", True)))
+        raise UserError(f"--pretrained_model_name_or_path {source.name} cannot be loaded; is it mistyped, private, "
+                        f"or not in the cache while offline? ({first_line(error)})") from error
+    return scheduler, bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def unet_lora(args: argparse.Namespace) -> peft.LoraConfig:
-    """LoRA on the attention of the UNet."""
+def lora_config(args: argparse.Namespace, target_modules: list[str] | str) -> peft.LoraConfig:
+    """LoRA on some modules."""
     return peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, lora_dropout=args.lora_dropout,
-                           init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+                           init_lora_weights="gaussian", target_modules=target_modules)
 
 
-def text_encoder_lora(args: argparse.Namespace, layers: int) -> peft.LoraConfig:
-    """LoRA on the attention of a text encoder's first layers; later ones have no say in what SDXL reads."""
-    numbers = "|".join(map(str, range(layers)))
-    return peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, lora_dropout=args.lora_dropout,
-                           init_lora_weights="gaussian", target_modules=rf".*layers\.({numbers})\.self_attn\.(q|k|v|out)_proj")
+def text_encoder_targets(encoder: nn.Module) -> str:
+    """The attention of the layers that SDXL reads: all of the second encoder, whose projection reads the last one,
+    and all but the last of the first (diffusers#4340).
+    """
+    unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1
+    layers = "|".join(map(str, range(encoder.config.num_hidden_layers - unread)))
+    return rf".*layers\.({layers})\.self_attn\.(q|k|v|out)_proj"
 
 
 def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
     """Encode token ids (B, L) as SDXL reads them: penultimate hidden states of both encoders side by side
-    (B, L, 2048), and the second's projected output (B, 1280)."""
-    hidden = []
-    for encoder, rows in zip(encoders, ids, strict=True):
-        output = encoder(rows, output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-    return torch.cat(hidden, dim=-1), output.text_embeds
+    (B, L, 2048), and the second's projected output (B, 1280).
+    """
+    outputs = [encoder(rows, output_hidden_states=True) for encoder, rows in zip(encoders, ids, strict=True)]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
 class TrainableSDXL(nn.Module):
@@ -664,18 +714,15 @@ class TrainableSDXL(nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoders = nn.ModuleList(text_encoders)
+        self.embed = functools.partial(encode_ids, self.text_encoders) if text_encoders else lambda text: text
 
     def components(self) -> dict[str, nn.Module]:
         """Its parts by the names that diffusers gives them."""
-        return {"unet": self.unet, **dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))}
+        return {"unet": self.unet, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by name; always float32."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def embed(self, text: Text) -> Text:
-        """Turn rows of text into embeddings: they are so already, unless the encoders are trained."""
-        return encode_ids(self.text_encoders, text) if len(self.text_encoders) else text
 
     def forward(self, model_input: Tensor, timesteps: Tensor, text: Text, add_time_ids: Tensor) -> Tensor:
         """Predict the target for noisy latents (B, 4, h, w)."""
@@ -684,17 +731,17 @@ class TrainableSDXL(nn.Module):
         return self.unet(model_input, timesteps, prompt_embeds, added_cond_kwargs=added).sample
 
 
-def load_trainable(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, seed: int) -> TrainableSDXL:
-    """Load what is trained, frozen in dtype, and put float32 adapters on it."""
-    base = base_source(args)
-    torch.manual_seed(position_seed(seed, "adapters"))  # every rank draws the same
-    unet = load_part(base, "unet", dtype, device)
-    unet.add_adapter(unet_lora(args))
-    encoders = [load_part(base, part, dtype, device) for _, part in TEXT_PARTS] if args.train_text_encoder else []
+def load_trainable(run: Run) -> TrainableSDXL:
+    """Load what is trained, frozen in the run's dtype, and put float32 adapters on it."""
+    args = run.args
+    torch.manual_seed(position_seed(run.seed, "adapters"))  # every rank draws the same
+    unet = load_part(run.base, "unet", run.dtype, run.device)
+    unet.add_adapter(lora_config(args, ["to_k", "to_q", "to_v", "to_out.0"]))
+    encoders = []
+    if args.train_text_encoder:
+        encoders = [load_part(run.base, part, run.dtype, run.device) for part in TEXT_ENCODERS]
     for encoder in encoders:
-        # the last layer counts only where a projection reads it: in the second encoder
-        unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1
-        encoder.add_adapter(text_encoder_lora(args, encoder.config.num_hidden_layers - unread))
+        encoder.add_adapter(lora_config(args, text_encoder_targets(encoder)))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for encoder in encoders:
@@ -703,7 +750,7 @@ def load_trainable(args: argparse.Namespace, dtype: torch.dtype, device: torch.d
         unet.enable_xformers_memory_efficient_attention()
     model = TrainableSDXL(unet, encoders)
     for parameter in model.adapters().values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
     return model
 
 
@@ -714,28 +761,30 @@ def load_trainable(args: argparse.Namespace, dtype: torch.dtype, device: torch.d
 def tokenize_prompts(source: Source, prompts: Sequence[str]) -> Text:
     """Both tokenizers' ids of all prompts, each (P, L); warns with the words that are cut off a long prompt."""
     ids = []
-    for part, _ in TEXT_PARTS:
+    for part in TOKENIZERS:
         tokenizer = load_part(source, part)
         limit = tokenizer.model_max_length
         for prompt in prompts if part == "tokenizer" else ():
             lost = tokenizer(prompt).input_ids[limit - 1:-1]
             if lost:
-                logger.warning('warning: a prompt is longer than %d tokens; cut off: "%s"', limit, tokenizer.decode(lost))
-        ids.append(tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids)
+                logger.warning('warning: a prompt has more than %d tokens; this end of it is cut off: "%s"', limit,
+                               tokenizer.decode(lost))
+        padded = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        ids.append(padded.input_ids)
     return ids[0], ids[1]
 
 
 @torch.no_grad()
 def encode_prompts(source: Source, ids: Text, dtype: torch.dtype, device: torch.device) -> Text:
     """Embeddings of all prompts; each encoder is loaded, used and freed before the next."""
-    hidden, pooled = [], None
-    for (_, part), rows in zip(TEXT_PARTS, ids, strict=True):
+
+    def outputs_of(part: str, rows: Tensor) -> list[Any]:
         encoder = load_part(source, part, dtype, device)
-        outputs = [encoder(row[None].to(device), output_hidden_states=True) for row in rows]
-        hidden.append(torch.cat([output.hidden_states[-2] for output in outputs]))
-        pooled = torch.cat([getattr(output, "text_embeds", output.pooler_output if part == "text_encoder" else None)
-                            for output in outputs])
-    return torch.cat(hidden, dim=-1), pooled
+        return [encoder(row[None].to(device), output_hidden_states=True) for row in rows]
+
+    outputs = [outputs_of(part, rows) for part, rows in zip(TEXT_ENCODERS, ids, strict=True)]
+    hidden = [torch.cat([output.hidden_states[-2] for output in part]) for part in outputs]
+    return torch.cat(hidden, dim=-1), torch.cat([output.text_embeds for output in outputs[-1]])
 
 
 @dataclass(frozen=True)
@@ -744,99 +793,110 @@ class TextTable:
 
     prompts: tuple[str, ...]
     rows: Text
-    zeros_for_empty_prompt: bool
 
-    def at(self, indices: Sequence[int]) -> Text:
+    def at(self, numbers: Sequence[int]) -> Text:
         """Rows by number."""
-        return self.rows[0][indices], self.rows[1][indices]
+        return self.rows[0][numbers], self.rows[1][numbers]
 
     def of(self, prompt: str) -> Text:
         """One prompt as a batch of one row."""
         return self.at([self.prompts.index(prompt)])
 
 
-def load_text(args: argparse.Namespace, pipeline: Pipeline, dtype: torch.dtype, device: torch.device, trained: bool) -> TextTable:
-    """Tokenize, and unless the encoders are trained encode, every prompt that the run will need."""
-    wanted = [args.instance_prompt, args.class_prompt if args.with_prior_preservation else None, args.validation_prompt, ""]
-    prompts = tuple(dict.fromkeys(prompt for prompt in wanted if prompt is not None))
-    ids = tokenize_prompts(base_source(args), prompts)
-    rows = (ids[0].to(device), ids[1].to(device)) if trained else encode_prompts(base_source(args), ids, dtype, device)
-    return TextTable(prompts, rows, pipeline.zeros_for_empty_prompt)
+def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: torch.dtype) -> TextTable:
+    """Tokenize the prompts, and the empty one, and encode them unless the encoders are to be trained."""
+    distinct = tuple(dict.fromkeys([*filter(None, prompts), ""]))
+    ids = tokenize_prompts(run.base, distinct)
+    if trained:
+        return TextTable(distinct, (ids[0].to(run.device), ids[1].to(run.device)))
+    return TextTable(distinct, encode_prompts(run.base, ids, dtype, run.device))
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
 # Pictures are drawn by diffusers' own pipeline around parts that are there already.
 
 
-def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """The VAE in dtype, or in float32 where its configuration says that it overflows in half precision."""
-    vae = load_part(source, "vae", dtype, device)
-    if vae.config.force_upcast and dtype == torch.float16:
-        return load_part(source, "vae", torch.float32, device)
-    return vae
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends well: no half-written file bears its final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-@torch.no_grad()
-def render(unet: nn.Module, vae: AutoencoderKL, scheduler: Any, embeds: Text, negative: Text, seeds: Sequence[int],
-           resolution: int) -> list[Image.Image]:
-    """Draw one picture a seed, as StableDiffusionXLPipeline does for prompts with these embeddings (1, L, D)."""
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    count = len(seeds)
-    return pipeline(
-        prompt_embeds=embeds[0].repeat(count, 1, 1), pooled_prompt_embeds=embeds[1].repeat(count, 1),
-        negative_prompt_embeds=negative[0].repeat(count, 1, 1), negative_pooled_prompt_embeds=negative[1].repeat(count, 1),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds], height=resolution, width=resolution,
-        num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE).images
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG."""
+    with written_beside(path) as unfinished:
+        image.save(unfinished, format="PNG")
 
 
-def embed_pair(model: TrainableSDXL, table: TextTable, prompt: str) -> tuple[Text, Text]:
-    """Embeddings of a prompt and of the missing negative prompt, as the pipeline would compute them."""
+@dataclass(frozen=True)
+class Studio:
+    """Draws pictures of one prompt, as StableDiffusionXLPipeline does for a user."""
+
+    unet: nn.Module
+    vae: AutoencoderKL
+    scheduler: Any
+    embeds: Text  # of the prompt, one row
+    negative: Text
+    resolution: int
+
+    @torch.no_grad()
+    def draw(self, seeds: Sequence[int]) -> list[Image.Image]:
+        """One picture a seed, all at once."""
+        pipeline = StableDiffusionXLPipeline(
+            vae=self.vae, unet=self.unet, scheduler=self.scheduler, text_encoder=None, text_encoder_2=None,
+            tokenizer=None, tokenizer_2=None, add_watermarker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        prompt_embeds, pooled = (rows.repeat_interleave(len(seeds), 0) for rows in self.embeds)
+        negative_embeds, negative_pooled = (rows.repeat_interleave(len(seeds), 0) for rows in self.negative)
+        return pipeline(
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative_embeds,
+            negative_pooled_prompt_embeds=negative_pooled, height=self.resolution, width=self.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE).images
+
+
+def open_studio(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, vae: AutoencoderKL) -> Studio:
+    """A studio for a prompt with no negative prompt."""
     embeds = model.embed(table.of(prompt))
-    if table.zeros_for_empty_prompt:
-        return embeds, (torch.zeros_like(embeds[0]), torch.zeros_like(embeds[1]))
-    return embeds, model.embed(table.of(""))
+    zeros = torch.zeros_like(embeds[0]), torch.zeros_like(embeds[1])
+    negative = zeros if run.zeros_for_empty_prompt else model.embed(table.of(""))
+    return Studio(model.unet, vae, run.scheduler, embeds, negative, run.args.resolution)
 
 
 def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
     """Numbers and paths of the class pictures that are still to be drawn, beside those that the user brought."""
     drawn = [folder / f"generated-{index:05d}.png" for index in range(count)]
-    brought = [path for path in list_pictures("--class_data_dir", folder) if path not in drawn]
+    brought = set(list_pictures("--class_data_dir", folder)) - set(drawn)
     return [(index, path) for index, path in enumerate(drawn[:max(0, count - len(brought))]) if not path.exists()]
 
 
-def make_class_images(args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, table: TextTable, seed: int) -> None:
+def make_class_images(run: Run) -> None:
     """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
-    folder = Path(args.class_data_dir)
+    args, accelerator, folder = run.args, run.accelerator, Path(run.args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     missing = missing_class_images(folder, args.num_class_images)
+    accelerator.wait_for_everyone()  # every rank has looked before any draws
     share = missing[accelerator.process_index::accelerator.num_processes]
     if share:
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32, "fp32": torch.float32}
-        dtype = half.get(args.prior_generation_precision, weight_dtype(accelerator))
-        unet = load_part(base_source(args), "unet", dtype, accelerator.device)
-        vae = load_vae(vae_source(args), dtype, accelerator.device)
-        cached = TextTable(table.prompts, (table.rows[0].to(dtype), table.rows[1].to(dtype)), table.zeros_for_empty_prompt)
-        embeds, negative = embed_pair(TrainableSDXL(unet), cached, args.class_prompt)
+        dtype = PRECISIONS.get(args.prior_generation_precision, run.dtype)
+        table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
+        unet, vae = load_part(run.base, "unet", dtype, run.device), load_vae(run.vae, dtype, run.device)
+        studio = open_studio(run, TrainableSDXL(unet), table, args.class_prompt, vae)
         bar = progress_bar(len(share), "Class pictures")
         for first in range(0, len(share), args.sample_batch_size):
             part = share[first:first + args.sample_batch_size]
-            seeds = [position_seed(seed, "class picture", index) for index, _ in part]
-            for image, (_, path) in zip(render(unet, vae, pipeline.scheduler, embeds, negative, seeds, args.resolution), part, strict=True):
+            images = studio.draw([position_seed(run.seed, "class picture", index) for index, _ in part])
+            for image, (_, path) in zip(images, part, strict=True):
                 save_picture(image, path)
             bar.update(len(part))
         bar.close()
     accelerator.wait_for_everyone()
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG beside and rename it, so that no half-written picture bears its final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    image.save(unfinished, format="PNG")
-    unfinished.replace(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -856,34 +916,23 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Cache:
-    """Moments of the latents of all views, and which views belong to which sample."""
+    """Moments of the latents of all views, and which views, prompt and weight belong to which sample."""
 
     mean: Tensor  # (V, 4, h, w), scaled
     std: Tensor
     add_time_ids: Tensor  # (V, 6)
+    weight: Tensor  # (samples,)
     views: list[list[int]]  # of each sample
     prompts: list[int]  # of each sample: its row in the text table
-    weights: list[float]  # of each sample
-    is_class: list[bool]
-
-    def rows(self, is_class: bool) -> list[int]:
-        """The samples of one kind."""
-        return [row for row, kind in enumerate(self.is_class) if kind == is_class]
 
     def batch(self, table: TextTable, order: Order, n: int) -> Batch:
         """Gather micro-batch n; which view of a picture it sees is a function of n, too."""
-        samples = order.rows(n)
-        views = [self.views[s][position_seed(order.seed, "view", n, i) % len(self.views[s])] for i, s in enumerate(samples)]
-        weight = torch.tensor([self.weights[s] for s in samples], device=self.mean.device)
-        return Batch(self.mean[views], self.std[views], table.at([self.prompts[s] for s in samples]),
-                     self.add_time_ids[views], weight, order.batch_size)
-
-
-def choose_views(sample: Sample, number_: int, size: tuple[int, int], args: argparse.Namespace, seed: int) -> list[View]:
-    """The distinct views of one sample that are cached."""
-    drawn = [choose_view(size, args.resolution, args.center_crop, args.random_flip, random.Random(position_seed(seed, number_, v)))
-             for v in range(CACHE_VARIANTS)]
-    return list(dict.fromkeys(drawn))
+        rows = order.rows(n)
+        seen = [self.views[row][position_seed(order.seed, "view", n, i) % len(self.views[row])]
+                for i, row in enumerate(rows)]
+        text = table.at([self.prompts[row] for row in rows])
+        return Batch(self.mean[seen], self.std[seen], text, self.add_time_ids[seen], self.weight[rows],
+                     order.batch_size)
 
 
 def view_pixels(picture: Image.Image, view: View, resolution: int) -> Tensor:
@@ -913,42 +962,47 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     return (mean - shift) * factor, std * factor
 
 
-def build_cache(args: argparse.Namespace, accelerator: Accelerator, samples: Sequence[Sample], table: TextTable, seed: int) -> Cache:
+def views_of(run: Run, number_: int, sample: Sample) -> tuple[tuple[int, int], list[tuple[View, Tensor]]]:
+    """A sample's original width and height, and the pixels of its distinct views."""
+    args = run.args
+    picture = load_picture(sample.path)
+    interpolation = Image.Resampling[args.image_interpolation_mode.upper()]
+    small = picture.resize(resized(picture.size, args.resolution), interpolation)
+    rngs = [random.Random(position_seed(run.seed, "views", number_, variant)) for variant in range(CACHE_VARIANTS)]
+    views = [choose_view(small.size, args.resolution, args.center_crop, args.random_flip, rng) for rng in rngs]
+    return picture.size, [(view, view_pixels(small, view, args.resolution)) for view in dict.fromkeys(views)]
+
+
+def build_cache(run: Run, samples: Sequence[Sample], table: TextTable) -> Cache:
     """Encode every view of every sample, each distinct view of a file once."""
-    vae = load_vae(vae_source(args), weight_dtype(accelerator), accelerator.device)
-    filter_ = Image.Resampling[args.image_interpolation_mode.upper()]
-
-    def decode(numbered: tuple[int, Sample]) -> tuple[Sample, tuple[int, int], list[tuple[View, Tensor]]]:
-        number_, sample = numbered
-        picture = load_picture(sample.path)
-        small = picture.resize(resized(picture.size, args.resolution), filter_)
-        views = choose_views(sample, number_, small.size, args, seed)
-        return sample, picture.size, [(view, view_pixels(small, view, args.resolution)) for view in views]
-
-    moments, time_ids, seen, views_of = [], [], {}, []
-    for sample, (width, height), views in decoded_in_order(decode, list(enumerate(samples)), args.dataloader_num_workers):
-        views_of.append([])
-        for view, pixels in views:
+    vae, resolution = load_vae(run.vae, run.dtype, run.device), run.args.resolution
+    looks = functools.partial(views_of, run)
+    moments, time_ids, seen, views = [], [], {}, []
+    looked = ahead(looks, samples, run.args.dataloader_num_workers)
+    for sample, (size, pixels_of_views) in zip(samples, looked, strict=True):
+        for view, pixels in pixels_of_views:
             if (sample.path, view) not in seen:
                 seen[sample.path, view] = len(moments)
                 moments.append(encode_image(vae, pixels, str(sample.path)))
-                time_ids.append([height, width, view.top, view.left, args.resolution, args.resolution])
-            views_of[-1].append(seen[sample.path, view])
-    device = accelerator.device
+                time_ids.append([size[1], size[0], view.top, view.left, resolution, resolution])
+        views.append([seen[sample.path, view] for view, _ in pixels_of_views])
+    weights = [run.args.prior_loss_weight if sample.is_class else 1.0 for sample in samples]
     return Cache(
-        torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments]),
-        torch.tensor(time_ids, device=device, dtype=torch.float32), views_of, [table.prompts.index(s.prompt) for s in samples],
-        [args.prior_loss_weight if s.is_class else 1.0 for s in samples], [s.is_class for s in samples])
+        mean=torch.stack([mean for mean, _ in moments]), std=torch.stack([std for _, std in moments]),
+        add_time_ids=torch.tensor(time_ids, device=run.device, dtype=torch.float32),
+        weight=torch.tensor(weights, device=run.device), views=views,
+        prompts=[table.prompts.index(sample.prompt) for sample in samples])
 
 
-def decoded_in_order(decode: Callable, samples: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Map decode over the samples with that many threads, a few pictures ahead of the VAE and no more."""
+def ahead(look: Callable, samples: Sequence[Sample], workers: int) -> Iterator[Any]:
+    """Map look(number, sample) with that many threads, a few pictures ahead of the VAE and no more."""
     if not workers:
-        yield from map(decode, samples)
+        yield from map(look, range(len(samples)), samples)
         return
     with ThreadPoolExecutor(workers) as pool:
         for first in range(0, len(samples), 4 * workers):
-            yield from pool.map(decode, samples[first:first + 4 * workers])
+            part = range(first, min(first + 4 * workers, len(samples)))
+            yield from pool.map(look, part, samples[part.start:part.stop])
 
 
 # ---------------------------------------------------------------------------------------------------------- objective
@@ -970,11 +1024,12 @@ def make_objective(scheduler: Any, snr_gamma: float | None = None, device: torch
     """The table of the scheduler's own prediction type. Raises UserError for one that this script does not know.
 
     With snr_gamma, min-SNR weights (arXiv:2303.09556, section 3.4): min(snr, g) / snr for epsilon,
-    min(snr, g) / (snr + 1) for v-prediction, which stay finite at snr = 0.
+    min(snr, g) / (snr + 1) for v-prediction, which stays finite at snr = 0.
     """
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(f"the base model predicts '{kind}' with {type(scheduler).__name__}; only epsilon and v_prediction are known.")
+        raise UserError(f"--pretrained_model_name_or_path predicts '{kind}' with {type(scheduler).__name__}; only epsilon "
+                        "and v_prediction can be trained.")
     alphas = scheduler.alphas_cumprod.double()
     a, b, snr = alphas.sqrt(), (1 - alphas).sqrt(), alphas / (1 - alphas)
     zeros, ones = torch.zeros_like(a), torch.ones_like(a)
@@ -999,21 +1054,44 @@ def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Tens
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizer
-# Two groups, one constructor, one schedule.
+# How long a run is, and what moves the adapters.
+
+
+class Schedule(NamedTuple):
+    """How long a run is, in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: float
+    samples_per_step: int
+
+
+def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Schedule:
+    """Steps from epochs or from --max_train_steps; an epoch need not be a whole number of steps."""
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world
+    steps_per_epoch = instance_rows / samples_per_step
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
+    return Schedule(total_steps, steps_per_epoch, samples_per_step)
 
 
 def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_step: int) -> torch.optim.Optimizer:
     """AdamW over the adapters; the text encoders' have their own learning rate and weight decay."""
     scale = samples_per_step if args.scale_lr else 1
-    groups = [{"params": [p for p in model.unet.parameters() if p.requires_grad], "lr": args.learning_rate * scale,
-               "weight_decay": args.adam_weight_decay}]
-    if len(model.text_encoders):
-        groups.append({"params": [p for p in model.text_encoders.parameters() if p.requires_grad],
-                       "lr": args.text_encoder_lr * scale, "weight_decay": args.adam_weight_decay_text_encoder})
+    unet = [parameter for name, parameter in model.adapters().items() if name.startswith("unet.")]
+    groups = [{"params": unet, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
+    if args.train_text_encoder:
+        encoders = [parameter for name, parameter in model.adapters().items() if not name.startswith("unet.")]
+        groups.append({"params": encoders, "lr": args.text_encoder_lr * scale,
+                       "weight_decay": args.adam_weight_decay_text_encoder})
     adamw: Callable = torch.optim.AdamW
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as adamw  # seconds that only this flag costs
+        from bitsandbytes.optim import AdamW8bit as adamw  # noqa: N813 (a second that only this flag costs)
     return adamw(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+
+
+def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """One of diffusers' schedules, counted in optimizer steps."""
+    return get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, power=args.lr_power,
+                         num_training_steps=total_steps, num_cycles=args.lr_num_cycles)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -1040,24 +1118,26 @@ class TrainingState:
         }
 
     def load(self, folder: Path) -> int:
-        """Take up a checkpoint's state and return its step. Raises UserError if it does not fit this run."""
+        """Take up a checkpoint's state and return its step. Raises UserError if it is broken or does not fit."""
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             saved, adapters = state["adapters"], self.model.adapters()
             if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in adapters.items()}:
-                raise UserError(f"{folder} holds other adapters: was it made with another --rank or --train_text_encoder?")
+                raise UserError(f"--resume_from_checkpoint {folder} holds other adapters than this run: was it made "
+                                "with another --rank or --train_text_encoder?")
             for name, parameter in adapters.items():
                 parameter.data.copy_(saved[name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if self.scaler and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise UserError(f"{folder} is no sound checkpoint ({str(error).splitlines()[0]}); resume from an older one.") from error
+        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"--resume_from_checkpoint {folder} is no sound checkpoint ({first_line(error)}); resume "
+                            "from an older one.") from error
         return state["step"]
 
 
-def save_checkpoint(output: Path, state: TrainingState, step: int, keep: int | None) -> Path:
+def save_checkpoint(output: Path, state: TrainingState, keep: int | None, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove the oldest beyond `keep`."""
     folder, unfinished = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -1072,28 +1152,24 @@ def save_checkpoint(output: Path, state: TrainingState, step: int, keep: int | N
     unfinished.replace(folder)
     for old in list_checkpoints(output)[:-keep] if keep else ():
         shutil.rmtree(old)
-    return folder
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGUSR1 while training, so that the step in progress can end; a second Ctrl-C ends at once."""
+    """Notes SIGINT, SIGTERM and SIGUSR1 so that the step in progress can end; a second one ends the run at once."""
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self.before = 0, {}
 
     def __enter__(self) -> StopSignals:
-        """Take the signals over, where they can be: only a process's first thread may."""
-        self.before: dict[int, Any] = {}
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             try:
                 signum = getattr(signal, name)
                 self.before[signum] = signal.signal(signum, self.note)
-            except (AttributeError, ValueError):  # no such signal on Windows; not the first thread in some notebooks
+            except (AttributeError, ValueError):  # no such signal on Windows; no handlers outside the first thread
                 continue
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Give the signals back."""
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
@@ -1107,8 +1183,7 @@ class StopSignals:
         """The signal that any rank has seen, on all ranks at the same step; 0 for none."""
         if accelerator.num_processes == 1:
             return self.signum
-        seen = torch.tensor([self.signum], device=accelerator.device)
-        return int(accelerator.gather(seen).max())
+        return int(accelerator.gather(torch.tensor([self.signum], device=accelerator.device)).max())
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -1117,7 +1192,7 @@ class StopSignals:
 
 @contextmanager
 def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
-    """Evaluation mode with the adapters in the base's dtype, as load_lora_weights leaves them; undone on the way out."""
+    """Evaluation mode with the adapters in the base's dtype, as load_lora_weights leaves them; undone afterwards."""
     adapters, dtype = model.adapters().values(), model.unet.dtype
     exact = [parameter.data for parameter in adapters]
     model.eval()
@@ -1131,65 +1206,57 @@ def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
         model.train()
 
 
-@dataclass
-class Validator:
-    """Draws the validation pictures of a step; with no prompt it draws none."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: TrainableSDXL
-    pipeline: Pipeline
-    table: TextTable
-    seed: int
-    drawn: int = -1  # the last step that was drawn
+def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable[[int], None]:
+    """A function that draws the validation pictures of a step; one that does nothing without a prompt."""
+    args, accelerator = run.args, run.accelerator
+    if not args.validation_prompt:
+        return lambda step: None
+    share = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
 
     @torch.no_grad()
-    def __call__(self, step: int) -> None:
-        """Draw this rank's share, gather, write `validation/step-N/` and the contact sheet, tell the tracker."""
-        if not self.args.validation_prompt or step == self.drawn:
-            return
-        self.drawn = step
-        accelerator, count = self.accelerator, self.args.num_validation_images
-        mine = range(accelerator.process_index, count, accelerator.num_processes)
-        pictures = self.draw(mine)
-        if accelerator.num_processes > 1:
-            pictures = sorted(gather_object(pictures), key=lambda numbered: numbered[0])
+    def validate(step: int) -> None:
+        vae = load_part(run.vae, "vae", run.dtype, run.device)  # the pipeline upcasts it where it must
+        with as_users_load_it(model):
+            studio = open_studio(run, model, table, args.validation_prompt, vae)
+            pictures = [(index, studio.draw([run.seed + index])[0]) for index in share]  # the peak of one at a time
+        pictures = gather_object(pictures)
         if accelerator.is_main_process:
-            for index, image in pictures:
-                save_picture(image, validation_folder(self.args.output_dir, step) / f"{index:02d}.png")
-            save_picture(contact_sheet(Path(self.args.output_dir)), Path(self.args.output_dir) / "progress.png")
-            images = [np.asarray(image) for _, image in pictures]
-            for tracker in accelerator.trackers:
-                keywords = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": np.stack(images) if keywords else images}, step=step, **keywords)
+            show_pictures(run, step, [image for _, image in sorted(pictures, key=lambda numbered: numbered[0])])
         accelerator.wait_for_everyone()
 
-    def draw(self, indices: Iterable[int]) -> list[tuple[int, Image.Image]]:
-        """Numbered pictures, one after the other: the peak of one is what they cost."""
-        vae = load_part(vae_source(self.args), "vae", self.model.unet.dtype, self.accelerator.device)
-        with as_users_load_it(self.model):
-            embeds, negative = embed_pair(self.model, self.table, self.args.validation_prompt)
-            return [(index, render(self.model.unet, vae, self.pipeline.scheduler, embeds, negative, [self.seed + index],
-                                   self.args.resolution)[0]) for index in indices]
+    return validate
 
 
-def validation_folder(output: str | Path, step: int) -> Path:
+def show_pictures(run: Run, step: int, images: list[Image.Image]) -> None:
+    """Write `validation/step-N/` and the contact sheet, and tell the trackers."""
+    for index, image in enumerate(images):
+        save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png")
+    save_picture(contact_sheet(run.output), run.output / "progress.png")
+    arrays = [np.asarray(image) for image in images]
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({"validation": arrays}, step=step)
+
+
+def validation_folder(output: Path, step: int) -> Path:
     """Where the pictures of a step are kept."""
-    return Path(output) / "validation" / f"step-{step:06d}"
+    return output / "validation" / f"step-{step:06d}"
 
 
-def contact_sheet(output: Path, side: int = 192) -> Image.Image:
+def contact_sheet(output: Path, side: int = 192, gap: int = 6, head: int = 20) -> Image.Image:
     """One picture of all validations so far: a column a step, the untrained model first; a row a seed."""
     columns = [sorted(folder.glob("*.png")) for folder in sorted((output / "validation").glob("step-*"))]
-    columns = [column for column in columns if column]
-    sheet = Image.new("RGB", (len(columns) * (side + 6) + 6, max(map(len, columns)) * (side + 6) + 22), "white")
-    for x, column in enumerate(columns):
-        step = int(column[0].parent.name[5:])
-        label = "untrained" if step == 0 else f"step {step}"
-        ImageDraw.Draw(sheet).text((x * (side + 6) + 8, 5), label, fill="black")
-        for y, path in enumerate(column):
+    size = len(columns) * (side + gap) + gap, max(map(len, columns)) * (side + gap) + head
+    sheet = Image.new("RGB", size, "white")
+    for column, paths in enumerate(columns):
+        left = gap + column * (side + gap)
+        for row, path in enumerate(paths):
+            label = "untrained" if path.parent.name == "step-000000" else f"step {int(path.parent.name[5:])}"
+            ImageDraw.Draw(sheet).text((left, gap), label, fill="black")
             thumbnail = load_picture(path).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(thumbnail, (x * (side + 6) + 6, y * (side + 6) + 20))
+            sheet.paste(thumbnail, (left, head + row * (side + gap)))
     return sheet
 
 
@@ -1197,43 +1264,47 @@ def contact_sheet(output: Path, side: int = 192) -> Image.Image:
 # Draw rows, loss, backward, clip, step; then log, save, validate where due.
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens now."""
-    return step % every == 0
+def due(step: int, every: int, last: int | None = None) -> bool:
+    """Whether something that happens every so many steps, and perhaps at the last, happens now."""
+    return step % every == 0 or step == last
 
 
 def progress_bar(total: int, label: str, initial: int = 0) -> tqdm:
     """A bar on a terminal, a line twice a minute elsewhere, nothing on other ranks or below --log_level info."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, desc=label, initial=initial, mininterval=interval, dynamic_ncols=True,
-                disable=not logger.isEnabledFor(logging.INFO))
+    return tqdm(total=total, desc=label, initial=initial, mininterval=0.5 if sys.stderr.isatty() else 30,
+                dynamic_ncols=True, disable=not logger.isEnabledFor(logging.INFO))
 
 
-class Meter:
-    """Averages the loss over what was seen since the last look; adding never waits for the device."""
+class Progress:
+    """The bar, and the loss averaged over what was seen since the last look; only looking waits for the device."""
 
-    def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
-        self.accelerator, self.samples_per_step = accelerator, samples_per_step
-        self.total, self.norm, self.count, self.steps = torch.zeros((), device=accelerator.device), None, 0, 0
-        self.since = time.perf_counter()
+    def __init__(self, accelerator: Accelerator, lr_scheduler: Any, schedule: Schedule, step: int) -> None:
+        self.accelerator, self.lr_scheduler = accelerator, lr_scheduler
+        self.samples_per_step = schedule.samples_per_step
+        self.bar = progress_bar(schedule.total_steps, "Training", step)
+        self.losses, self.grad_norm, self.loss = [], torch.zeros(()), math.nan
+        self.looked_at, self.since = step, time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
-        """Note a micro-batch's loss."""
-        self.total += loss.detach()
-        self.count += 1
+    def advance(self, grad_norm: Tensor) -> None:
+        """Note a finished step."""
+        self.grad_norm = grad_norm
+        self.bar.update()
 
-    def read(self, step: int) -> dict[str, float]:
-        """What trackers are told, and a fresh start. Raises TrainingError if the loss is not finite."""
-        mean = self.accelerator.reduce(self.total / max(1, self.count), "mean").item()
-        now = time.perf_counter()
-        told = {"loss": mean, "grad_norm": float(self.norm), "samples_per_second": self.steps * self.samples_per_step / (now - self.since),
-                "peak_memory_gb": peak_memory_gb(self.accelerator.device)}
-        if not math.isfinite(mean) or not math.isfinite(told["grad_norm"]) and not self.accelerator.scaler:
-            raise TrainingError(f"the loss became {mean} within the last {self.steps} steps before step {step}; nothing was saved over "
-                                "the last checkpoint. A lower --learning_rate or --mixed_precision bf16 helps.")
-        self.total.zero_()
-        self.count, self.steps, self.since = 0, 0, now
-        return told
+    def report(self, step: int) -> None:
+        """Tell bar and trackers. Raises TrainingError if the loss is not finite."""
+        mean = torch.stack(self.losses).mean()
+        self.loss, now = self.accelerator.reduce(mean, "mean").item(), time.perf_counter()
+        if not math.isfinite(self.loss):
+            raise TrainingError(f"the loss became {self.loss} between steps {self.looked_at} and {step}; the last "
+                                "checkpoint is whole. A lower --learning_rate or --mixed_precision bf16 helps.")
+        rates = dict(zip(("lr/unet", "lr/text_encoder"), self.lr_scheduler.get_last_lr(), strict=False))
+        self.accelerator.log({
+            "loss": self.loss, "grad_norm": float(self.grad_norm), "peak_memory_gb": peak_memory_gb(mean.device),
+            "samples_per_second": (step - self.looked_at) * self.samples_per_step / (now - self.since), **rates},
+            step=step)
+        self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
+        self.losses.clear()
+        self.looked_at, self.since = step, now
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -1248,19 +1319,10 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-class Schedule(NamedTuple):
-    """How long a run is, in optimizer steps."""
-
-    total_steps: int
-    steps_per_epoch: float
-    samples_per_step: int
-
-
-def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Schedule:
-    """Steps from epochs or from --max_train_steps; an epoch need not be a whole number of steps."""
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world
-    steps_per_epoch = instance_rows / samples_per_step
-    return Schedule(args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch), steps_per_epoch, samples_per_step)
+def micro_batches(step: int, accumulation: int, accelerator: Accelerator) -> range:
+    """The numbers of this rank's micro-batches in a step: the same work is numbered alike on any number of ranks."""
+    world = accelerator.num_processes
+    return range(step * accumulation * world + accelerator.process_index, (step + 1) * accumulation * world, world)
 
 
 class Outcome(NamedTuple):
@@ -1271,53 +1333,48 @@ class Outcome(NamedTuple):
     stopped_by: int  # a signal's number, or 0
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, model: TrainableSDXL, batch_at: Callable[[int], Batch],
-          objective: Objective, validate: Callable[[int], None], schedule: Schedule, seed: int) -> Outcome:
+def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective,
+          validate: Callable[[int], None], schedule: Schedule) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off."""
-    output, accumulation = Path(args.output_dir), args.gradient_accumulation_steps
+    args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, power=args.lr_power,
-                                 num_training_steps=schedule.total_steps, num_cycles=args.lr_num_cycles)
+    lr_scheduler = make_lr_scheduler(args, optimizer, last)
     prepared, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: accelerate steps it once a process
     state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, run.output)
     step = state.load(checkpoint) if checkpoint else 0
+    save = functools.partial(save_checkpoint, run.output, state, args.checkpoints_total_limit)
+    save = save if accelerator.is_main_process else lambda step: None
     adapters = list(model.adapters().values())
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
-    model.train()
-    meter, told = Meter(accelerator, schedule.samples_per_step), {"loss": math.nan}
     if step == 0:
         validate(0)
-    with StopSignals() as stop, progress_bar(schedule.total_steps, "Training", step) as bar:
-        while step < schedule.total_steps and not stop.agreed(accelerator):
-            for micro in range(accumulation):
-                n = (step * accumulation + micro) * accelerator.num_processes + accelerator.process_index
-                torch.manual_seed(position_seed(seed, "noise", n))
+    model.train()
+    progress = Progress(accelerator, lr_scheduler, schedule, step)
+    with StopSignals() as stop, progress.bar:
+        while step < last and not stop.agreed(accelerator):
+            for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
+                torch.manual_seed(position_seed(run.seed, "noise", n))
                 with accelerator.accumulate(prepared):
                     loss = diffusion_loss(prepared, objective, batch_at(n))
                     accelerator.backward(loss)
-                meter.add(loss)
-            meter.norm = accelerator.clip_grad_norm_(adapters, args.max_grad_norm)
+                progress.losses.append(loss.detach())
+            grad_norm = accelerator.clip_grad_norm_(adapters, args.max_grad_norm)
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
-            step, meter.steps = step + 1, meter.steps + 1
-            bar.update()
-            is_last = step == schedule.total_steps
-            if is_last or due(step, LOG_STEPS) or due(step, args.checkpointing_steps):
-                told = meter.read(step)
-                rates = dict(zip(("lr/unet", "lr/text_encoder"), lr_scheduler.get_last_lr(), strict=False))
-                accelerator.log(told | rates, step=step)
-                bar.set_postfix(loss=f"{told['loss']:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
-            if due(step, args.checkpointing_steps) and accelerator.is_main_process:
-                save_checkpoint(output, state, step, args.checkpoints_total_limit)
-            if due(step, validation_steps) or is_last:
+            step += 1
+            progress.advance(grad_norm)
+            if due(step, LOG_STEPS, last):
+                progress.report(step)
+            if due(step, args.checkpointing_steps):
+                save(step)
+            if due(step, validation_steps, last):
                 validate(step)
-        signum = stop.agreed(accelerator)
-        if signum and accelerator.is_main_process:
-            save_checkpoint(output, state, step, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
-    return Outcome(step, told["loss"], signum)
+        stopped_by = stop.agreed(accelerator)
+    if stopped_by:
+        save(step)
+    return Outcome(step, progress.loss, stopped_by)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
@@ -1337,29 +1394,24 @@ def lora_tensors(model: TrainableSDXL) -> dict[str, Tensor]:
 
 def lora_metadata(model: TrainableSDXL) -> dict[str, str]:
     """The header entry from which diffusers restores rank and alpha; the fields that old and new peft share."""
-    fields = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "lora_bias")
-    settings = {}
-    for component, part in model.components().items():
-        config = part.peft_config["default"].to_dict()
-        for field in fields:
-            value = config[field]
-            settings[f"{component}.{field}"] = sorted(value) if isinstance(value, set) else value
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    fields = "r lora_alpha target_modules rank_pattern alpha_pattern use_dora use_rslora lora_bias".split()
+    configs = {component: part.peft_config["default"].to_dict() for component, part in model.components().items()}
+    settings = {f"{component}.{field}": config[field] for component, config in configs.items() for field in fields}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
 
 
 def write_lora(path: Path, model: TrainableSDXL) -> None:
-    """Write the LoRA beside and rename it, once what was written reads back as the live adapters."""
-    tensors, unfinished = lora_tensors(model), path.with_name(f".{path.name}.tmp")
+    """Write the LoRA file, once what was written reads back as the live adapters. Raises TrainingError."""
+    tensors, metadata = lora_tensors(model), lora_metadata(model)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise TrainingError(f"the adapters are not finite; {path} was not written. A lower --learning_rate helps.")
-    save_file(tensors, unfinished, lora_metadata(model))
-    with safe_open(unfinished, framework="pt") as file:
-        same = set(file.keys()) == set(tensors) and all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors)
-        same = same and file.metadata() == lora_metadata(model)
-    if not same:
-        raise TrainingError(f"{path} did not read back as it was written: is the disk failing? The last checkpoint is whole.")
-    os.chmod(unfinished, 0o666 & ~current_umask())  # safetensors makes files that only their owner can read
-    unfinished.replace(path)
+    with written_beside(path) as unfinished:
+        save_file(tensors, unfinished, metadata)
+        with safe_open(unfinished, framework="pt") as file:
+            same = set(file.keys()) == set(tensors) and file.metadata() == metadata
+            if not same or not all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors):
+                raise TrainingError(f"{path} did not read back as it was written: is the disk failing?")
+        os.chmod(unfinished, 0o666 & ~current_umask())  # safetensors makes files that only their owner can read
 
 
 def current_umask() -> int:
@@ -1372,33 +1424,32 @@ def current_umask() -> int:
 def public_settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The flags from which the same run starts again: no secrets, no unset ones, the seed that was used."""
     hidden = {*SECRET_FLAGS, "config", "local_rank"}
-    return {key: value for key, value in {**vars(args), "seed": seed}.items() if key not in hidden and value is not None}
+    settings = {**vars(args), "seed": seed}
+    return {key: value for key, value in settings.items() if key not in hidden and value is not None}
 
 
 def write_config(args: argparse.Namespace, seed: int) -> None:
     """Leave training_config.yaml in the output folder."""
-    path = Path(args.output_dir) / CONFIG_FILE
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(yaml.safe_dump(public_settings(args, seed), sort_keys=True, allow_unicode=True), encoding="utf-8")
-    unfinished.replace(path)
+    with written_beside(Path(args.output_dir) / CONFIG_FILE) as unfinished:
+        unfinished.write_text(yaml.safe_dump(public_settings(args, seed), allow_unicode=True), encoding="utf-8")
 
 
 def command_of(args: argparse.Namespace, seed: int) -> str:
     """The command that makes this run, with the flags that differ from their defaults."""
-    parser = make_parser()
-    words = ["accelerate launch train_dreambooth_lora_sdxl.py"]
+    parser, words = make_parser(), ["accelerate launch train_dreambooth_lora_sdxl.py"]
     for key, value in public_settings(args, seed).items():
-        if value != parser.get_default(key):
-            words.append(f"--{'' if value else 'no-'}{key}" if isinstance(value, bool) else f"--{key} {shlex.quote(str(value))}")
+        if isinstance(value, bool) and value != parser.get_default(key):
+            words.append(f"--{'' if value else 'no-'}{key}")
+        elif value != parser.get_default(key):
+            words.append(f"--{key} {shlex.quote(str(value))}")
     return " \\\n    ".join(words)
 
 
-def base_license(source: Source) -> str | None:
+def base_license(name: str) -> str | None:
     """The license that the base model's card states, if it has a card that can be read."""
     try:
-        card = Path(source.name) / "README.md"
-        return ModelCard.load(str(card) if Path(source.name).is_dir() else source.name).data.license
-    except Exception:  # no card, no network, no front matter: the card says nothing of a license then
+        return ModelCard.load(Path(name, "README.md") if Path(name).is_dir() else name).data.license
+    except Exception:  # no card, no network, no front matter: this card says nothing of a license then
         return None
 
 
@@ -1407,7 +1458,7 @@ CARD = """
 
 <Gallery />
 
-LoRA weights for {base_link}, trained with DreamBooth on {pictures} pictures by `train_dreambooth_lora_sdxl.py`.
+LoRA weights for {base}, trained with DreamBooth on {pictures} pictures by `train_dreambooth_lora_sdxl.py`.
 
 ## Trigger words
 
@@ -1417,98 +1468,101 @@ Use `{trigger}` in your prompt.
 
 ```python
 import torch
-from diffusers import {imports}
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-{vae_lines}pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}{vae_argument}, torch_dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
+{vae_line}pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}{vae_argument}, torch_dtype=torch.float16)
+pipeline.to("cuda").load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
 image = pipeline({prompt!r}, num_inference_steps=25).images[0]
 ```
 
 ## How it was made
 
-VAE in training: {vae}. LoRA on {parts}. The command:
+LoRA of rank {rank} on {parts}; VAE in training: {vae}. The command:
 
 {fence}bash
 {command}
 {fence}
 """
+TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "stable-diffusion-xl",
+        "stable-diffusion-xl-diffusers"]
 
 
-def write_card(args: argparse.Namespace, accelerator: Accelerator, repo: str, step: int, seed: int, pictures: int) -> list[Path]:
+def write_card(run: Run, repo: str, step: int, pictures: int) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; returns the pictures that the gallery shows."""
-    output, base, vae = Path(args.output_dir), args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    gallery = sorted(validation_folder(output, step).glob("*.png"))
-    widget = [{"text": args.validation_prompt or " ", "output": {"url": path.relative_to(output).as_posix()}} for path in gallery]
-    is_hub_id = not Path(base).exists()
+    args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
+    gallery = sorted(validation_folder(run.output, step).glob("*.png"))
     data = ModelCardData(
-        license=base_license(base_source(args)), library_name="diffusers", base_model=base if is_hub_id else None,
-        instance_prompt=args.instance_prompt, widget=widget or None,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers"])
-    command = command_of(args, seed)
+        license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=args.instance_prompt,
+        base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
+        widget=[{"text": args.validation_prompt, "output": {"url": path.relative_to(run.output).as_posix()}}
+                for path in gallery] or None)
+    command = command_of(args, run.seed)
     body = CARD.format(
-        title=re.sub(r"[^\w .-]", " ", output.resolve().name), base=base, base_link=f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`",
-        pictures=pictures, trigger=args.instance_prompt.replace("`", "'"), repo=repo, prompt=args.validation_prompt or args.instance_prompt,
-        imports="AutoencoderKL, StableDiffusionXLPipeline" if vae else "StableDiffusionXLPipeline",
-        vae_lines=f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=torch.float16)\n" if vae else "",
-        vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's", command=command,
+        title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=pictures, rank=args.rank,
+        repo=repo, trigger=args.instance_prompt.replace("`", "'"), prompt=args.validation_prompt or args.instance_prompt,
         parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
+        vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=torch.float16)\n" if vae else "",
+        vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's own", command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
-    path = output / "README.md"
-    unfinished = path.with_name(".README.md.tmp")
-    unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
-    unfinished.replace(path)
+    with written_beside(run.output / "README.md") as unfinished:
+        unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
     return gallery
 
 
 def create_repository(args: argparse.Namespace) -> str:
     """Create the Hub repository, or find it there, before training begins; returns its id. Raises UserError."""
-    api = HfApi(token=args.hub_token)
+    name, api = args.hub_model_id or Path(args.output_dir).resolve().name, HfApi(token=args.hub_token)
     try:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
         return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"--push_to_hub cannot create {args.hub_model_id or 'the repository'}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--push_to_hub cannot create {name}: {first_line(error)}") from None  # it holds the token
 
 
 def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
     """Upload LoRA, card and gallery, and nothing else, in one commit; returns its address. Raises TrainingError."""
     output = Path(args.output_dir)
-    files = [output / LORA_FILE, output / "README.md", *gallery]
-    operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path) for path in files]
+    operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path)
+                  for path in (output / LORA_FILE, output / "README.md", *gallery)]
     try:
-        return HfApi(token=args.hub_token).create_commit(repo, operations, commit_message="LoRA weights, card and pictures").commit_url
+        commit = HfApi(token=args.hub_token).create_commit(repo, operations, commit_message="LoRA, card and pictures")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise TrainingError(f"the upload to {repo} failed ({str(error).strip().splitlines()[0]}); everything is safe in {output}. Try again "
-                            f"with: hf upload {repo} {output} --include {LORA_FILE} README.md 'validation/*'") from None
+        raise TrainingError(f"the upload to {repo} failed ({first_line(error)}); all is safe in {output}. Try again:\n"
+                            f"    hf upload {repo} {output} --include {LORA_FILE} README.md 'validation/*'") from None
+    return commit.commit_url
 
 
 # -------------------------------------------------------------------------------------------------------------- entry
 # The phases, in the order in which they happen.
 
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What frozen weights are kept in: accelerate's precision, wherever it was configured."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Set accelerate up and check what only the device can tell. Raises UserError."""
-    logging_dir = Path(args.output_dir, args.logging_dir)
+def start(args: argparse.Namespace) -> Run:
+    """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    if args.local_rank >= 0 and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, str(logging_dir)),
+            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
     except ValueError as error:
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {str(error).rstrip('.')}; use bf16 or no.") from error
-    if accelerator.distributed_type.name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(f"accelerate is configured for {accelerator.distributed_type.name}, which shards a model whose adapters are "
-                        "a few megabytes; configure plain multi-GPU instead.")
+        raise UserError(f"--mixed_precision {args.mixed_precision} does not work here ({first_line(error)}); use bf16 or "
+                        "no.") from error
+    kind = accelerator.distributed_type.name
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(f"accelerate is configured for {kind}, which shards a model whose adapters are a few megabytes; "
+                        "run `accelerate config` for plain multi-GPU instead.")
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 or args.allow_tf32
-    return accelerator
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
+    return Run(args, accelerator, broadcast_object_list(seed)[0], *load_base_config(base_source(args)))
 
 
 def check_xformers(device: torch.device) -> None:
@@ -1519,99 +1573,86 @@ def check_xformers(device: torch.device) -> None:
         row = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)
         memory_efficient_attention(row, row, row)
     except Exception as error:  # its wheels fail in many ways beside another torch
-        raise UserError(f"--enable_xformers_memory_efficient_attention: xformers has no kernel that runs on {device} here; leave the "
-                        "flag out: PyTorch's own attention is already memory-efficient.") from error
+        raise UserError(f"--enable_xformers_memory_efficient_attention: no kernel of xformers runs on {device} here; "
+                        "leave the flag out: PyTorch's own attention is already memory-efficient.") from error
 
 
-def agree_on_seed(args: argparse.Namespace) -> int:
-    """--seed, or one drawn by the first rank for all."""
-    seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
-    return broadcast_object_list(seed)[0]
+def say(rows: Iterable[tuple[str, str]]) -> None:
+    """Print a small table of what is known, leaving out what does not apply."""
+    logger.info("\n".join(f"{name:10}{text}" for name, text in rows if text))
 
 
-def say_plan(args: argparse.Namespace, accelerator: Accelerator, schedule: Schedule, samples: Sequence[Sample], seed: int) -> None:
+def say_plan(run: Run, schedule: Schedule, samples: Sequence[Sample]) -> None:
     """Tell what is about to happen: what, how many, how long, where it goes."""
-    pictures, classes = sum(not s.is_class for s in samples), sum(s.is_class for s in samples)
-    repeats = f" ({args.repeats} repeats)" if args.repeats > 1 else ""
+    args, classes = run.args, sum(sample.is_class for sample in samples)
+    precision = run.accelerator.mixed_precision.replace("no", "fp32")
     passes = schedule.total_steps / schedule.steps_per_epoch
-    rows = [
-        ("Subject", f'{pictures} pictures{repeats} in {args.instance_data_dir}, "{args.instance_prompt}"'),
-        ("Class", f'{classes} pictures in {args.class_data_dir}, "{args.class_prompt}"' if classes else ""),
-        ("Base", f"{args.pretrained_model_name_or_path}, {accelerator.mixed_precision.replace('no', 'fp32')} on {accelerator.device}"),
+    say([
+        ("Subject", f'{len(samples) - classes} pictures in {args.instance_data_dir}: "{args.instance_prompt}"'),
+        ("Class", f'{classes} pictures in {args.class_data_dir}: "{args.class_prompt}"' if classes else ""),
+        ("Base", f"{args.pretrained_model_name_or_path} in {precision} on {run.device}"),
         ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
-        ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px: {passes:.0f} passes; seed {seed}"),
-        ("Output", f"{args.output_dir}"),
-    ]
-    logger.info("\n".join(f"{name:9}{text}" for name, text in rows if text))
-
-
-def say_summary(args: argparse.Namespace, outcome: Outcome, seconds: float, address: str | None) -> None:
-    """Tell what came of it and where the files are."""
-    output = Path(args.output_dir)
-    size = (output / LORA_FILE).stat().st_size / 1e6
-    rows = [("Done", f"{outcome.step} steps in {seconds / 60:.1f} minutes, loss {outcome.loss:.4f}"),
-            ("LoRA", f"{output / LORA_FILE} ({size:.1f} MB)"), ("Card", f"{output / 'README.md'}"),
-            ("Pictures", f"{output / 'progress.png'}" if args.validation_prompt else ""), ("Hub", address or "")]
-    logger.info("\n".join(f"{name:9}{text}" for name, text in rows if text))
-
-
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator, seed: int) -> None:
-    """Begin the tracker's run, with the settings but no secrets."""
-    folder = Path(args.output_dir, args.logging_dir)
-    if args.report_to != "none" and accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("dreambooth-lora-sdxl", public_settings(args, seed), {"wandb": {"dir": str(folder)}})
+        ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
+                  f"{passes:.0f} passes; seed {run.seed}"),
+        ("Output", args.output_dir),
+    ])
 
 
 def main(args: argparse.Namespace) -> None:
     """Train as args say: the table of contents."""
     started = time.perf_counter()
-    quiet(args.log_level)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    accelerator = make_accelerator(args)
-    device, dtype, seed = accelerator.device, weight_dtype(accelerator), agree_on_seed(args)
-    pipeline = load_pipeline_config(base_source(args))
-    objective = make_objective(pipeline.scheduler, args.snr_gamma, device)
-    repo = create_repository(args) if args.push_to_hub and accelerator.is_main_process else args.output_dir
-
+    run = start(args)
+    objective = make_objective(run.scheduler, args.snr_gamma, run.device)
+    repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
     if args.with_prior_preservation:
-        make_class_images(args, accelerator, pipeline, load_text(args, pipeline, dtype, device, trained=False), seed)
+        make_class_images(run)
     samples = make_samples(args)
-    schedule = plan_steps(args, sum(not sample.is_class for sample in samples), accelerator.num_processes)
-    say_plan(args, accelerator, schedule, samples, seed)
-    table = load_text(args, pipeline, dtype, device, trained=args.train_text_encoder)
-    cache = build_cache(args, accelerator, samples, table, seed)
-    order = Order(cache.rows(is_class=False), cache.rows(is_class=True), args.train_batch_size, seed)
-    model = load_trainable(args, dtype, device, seed)
-
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_config(args, seed)
-    start_trackers(args, accelerator, seed)
-    validate = Validator(args, accelerator, model, pipeline, table, seed)
-    batch_at = functools.partial(cache.batch, table, order)
-    outcome = train(args, accelerator, model, batch_at, objective, validate, schedule, seed)
-    finish(args, accelerator, model, outcome, repo, seed, started, len({s.path for s in samples if not s.is_class}))
-
-
-def finish(args: argparse.Namespace, accelerator: Accelerator, model: TrainableSDXL, outcome: Outcome, repo: str, seed: int,
-           started: float, pictures: int) -> None:
-    """Write the LoRA, the card and the summary; push. Raises Stopped if a signal ended the training."""
-    address = None
-    if accelerator.is_main_process:
-        output = Path(args.output_dir)
-        write_lora(output / LORA_FILE, model)
-        gallery = write_card(args, accelerator, repo, outcome.step, seed, pictures)
-        if args.push_to_hub and not outcome.stopped_by:
-            address = push(args, repo, gallery)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    instance_rows = [row for row, sample in enumerate(samples) if not sample.is_class]
+    schedule = plan_steps(args, len(instance_rows), run.accelerator.num_processes)
+    say_plan(run, schedule, samples)
+    prompts = [*(sample.prompt for sample in samples), args.validation_prompt]
+    table = build_text(run, prompts, args.train_text_encoder, run.dtype)
+    cache = build_cache(run, samples, table)
+    order = Order(instance_rows, range(len(instance_rows), len(samples)), args.train_batch_size, run.seed)
+    model = load_trainable(run)
+    open_output(run)
+    outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
+                    make_validator(run, model, table), schedule)
+    if run.accelerator.is_main_process:
+        pictures = len({samples[row].path for row in instance_rows})
+        finish(run, model, outcome, repo, pictures, (time.perf_counter() - started) / 60)
+    run.accelerator.end_training()
     if outcome.stopped_by:
-        again = f"accelerate launch {sys.argv[0]} --config {Path(args.output_dir) / CONFIG_FILE} --resume_from_checkpoint latest"
-        raise Stopped(outcome.stopped_by, f"stopped after step {outcome.step}; checkpoint and LoRA are safe. Go on with:\n    {again}")
-    if accelerator.is_main_process:
-        say_summary(args, outcome, time.perf_counter() - started, address)
+        command = f"accelerate launch {Path(__file__).name} --config {run.output / CONFIG_FILE}"
+        raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. Go on "
+                      f"with\n    {command} --resume_from_checkpoint latest")
+
+
+def open_output(run: Run) -> None:
+    """Make the output folder, leave the run's flags there and begin the tracker's run, without secrets."""
+    args = run.args
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    if run.accelerator.is_main_process:
+        (run.output if args.report_to == "none" else logging_dir).mkdir(parents=True, exist_ok=True)
+        write_config(args, run.seed)
+    settings = public_settings(args, run.seed)
+    run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
+
+
+def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, pictures: int, minutes: float) -> None:
+    """Write LoRA and card, push them unless the run was stopped, and tell where everything is."""
+    path, address = run.output / LORA_FILE, ""
+    write_lora(path, model)
+    gallery = write_card(run, repo, outcome.step, pictures)
+    if run.args.push_to_hub and not outcome.stopped_by:
+        address = push(run.args, repo, gallery)
+    say([
+        ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, loss {outcome.loss:.4f}"),
+        ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
+        ("Pictures", f"{run.output / 'progress.png'}" if run.args.validation_prompt else ""),
+        ("Card", f"{run.output / 'README.md'}"),
+        ("Hub", address),
+    ])
 
 
 if __name__ == "__main__":
