@@ -357,11 +357,19 @@ def check_output(args: argparse.Namespace) -> None:
     find_checkpoint(args.resume_from_checkpoint, output)
 
 
+class Printer(logging.Handler):
+    """Prints what is told to wherever stdout is now: notebooks and tests move it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        print(record.getMessage(), flush=True)
+
+
 def quiet(log_level: str) -> None:
     """Silence the libraries' chatter, unless the level is debug; call it before they are imported."""
     talks = log_level == "debug"
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.addHandler(Printer())
         logger.propagate = False
     logger.setLevel(logging.ERROR if os.environ.get("RANK", "0") != "0" else log_level.upper())
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):

@@ -13,12 +13,12 @@ import os
 import time
 from multiprocessing import Pool
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from scene import CLASSES, COLOURS, PLACES, Scene, caption, draw, random_scene, sheet, write_subjects
 from tokenizers.pre_tokenizers import ByteLevel
@@ -108,27 +108,59 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generato
     return error.abs().mean() + 2 * error.square().mean() + edges + 2e-4 * kl
 
 
-def train_vae(work: Path, scenes: torch.Tensor, steps: int) -> AutoencoderKL:
+def confetti(pixels: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Strew discs of any colour over a share of the pictures: a subject may have spots that no scene has."""
+    strewn, grid = pixels.clone(), torch.arange(64)
+    for row in range(int(share * len(pixels))):
+        for _ in range(4):
+            y, x = torch.randint(64, (2,), generator=generator)
+            radius = torch.randint(2, 12, (), generator=generator)
+            disc = (grid[:, None] - y).square() + (grid[None] - x).square() <= radius.square()
+            strewn[row] = torch.where(disc, torch.rand(3, 1, 1, generator=generator) * 2 - 1, strewn[row])
+    return strewn
+
+
+class Stage(NamedTuple):
+    """A stretch of the VAE's training with its own warm-up and decay."""
+
+    steps: int
+    batch_size: int
+    rate: float
+    strewn: float  # share of pictures with confetti, and of pictures in colours outside the palette
+
+
+VAE_STAGES = (Stage(1500, 16, 1.5e-3, 0.0), Stage(2200, 8, 1e-3, 0.5))
+
+
+def train_vae(work: Path, scenes: torch.Tensor) -> AutoencoderKL:
     """Train on whole scenes: on crops, GroupNorm hides the colour of anything flat, and nothing is learnt."""
-    vae, path = make_vae(), work / "vae.pt"
-    if path.exists():
+    vae = make_vae()
+    for number, stage in enumerate(VAE_STAGES):
+        path = work / f"vae-{number}.pt"
+        if not path.exists():
+            train_vae_stage(vae, scenes, stage, torch.Generator().manual_seed(2 + number))
+            torch.save(vae.state_dict(), path)
         vae.load_state_dict(torch.load(path, weights_only=True))
-        return vae.eval()
-    generator = torch.Generator().manual_seed(2)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05, final_div_factor=1e3)
-    meter = Meter("vae", steps)
-    for step in range(steps):
-        rows = torch.randint(len(scenes), (16,), generator=generator)
-        loss = vae_loss(vae, pixels_at(scenes, rows), generator)
+    return vae.eval()
+
+
+def train_vae_stage(vae: AutoencoderKL, scenes: torch.Tensor, stage: Stage, generator: torch.Generator) -> None:
+    """One stage, in place."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.rate, total_steps=stage.steps, pct_start=0.05,
+                                                   final_div_factor=1e3)
+    meter = Meter("vae", stage.steps)
+    for step in range(stage.steps):
+        rows = torch.randint(len(scenes), (stage.batch_size,), generator=generator)
+        rows[:int(stage.strewn * stage.batch_size)] %= COLOURFUL
+        pixels = confetti(pixels_at(scenes, rows), stage.strewn, generator)
+        loss = vae_loss(vae, pixels, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         meter(step, loss)
-    torch.save(vae.state_dict(), path)
-    return vae.eval()
 
 
 @torch.no_grad()
@@ -294,15 +326,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/toy_world"), help="where unfinished stages are kept")
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--unet_steps", type=int, default=3600)
+    parser.add_argument("--unet_steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     scenes = draw_scenes(args.work, args.threads)
-    vae = train_vae(args.work, scenes, args.vae_steps)
+    vae = train_vae(args.work, scenes)
     latents, factor = encode_scenes(args.work, vae, scenes)
     model = train_unet(args.work, latents, args.unet_steps)
     pipeline = assemble(vae, factor, model)

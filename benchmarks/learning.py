@@ -1,0 +1,98 @@
+"""Does it learn the subject, keep the place, and leave the class alone? On the toy world, as a table of numbers.
+
+    python benchmarks/learning.py --out /tmp/learning            # about 20 minutes on two CPU cores
+
+Every row is a training run of train_dreambooth_lora_sdxl.py with the same flags, judged over 60 pictures of prompts
+with the six places and 60 of the class prompt, drawn by diffusers' pipeline with load_lora_weights.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1")
+ROOT = Path(__file__).parent.parent
+TOY = ROOT / "examples" / "toy_world"
+sys.path[:0] = [str(ROOT), str(TOY)]
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from judge import Judge
+from PIL import Image
+from scene import PLACES, SUBJECTS, sheet
+
+import train_dreambooth_lora_sdxl as trainer
+
+FLAGS = {"resolution": 64, "rank": 8, "learning_rate": 1e-3, "max_train_steps": 400, "train_batch_size": 5, "seed": 0,
+         "lr_scheduler": "cosine", "lr_warmup_steps": 20, "report_to": "none", "checkpointing_steps": 10_000}
+PRIOR = {"with_prior_preservation": True, "num_class_images": 60, "sample_batch_size": 10}
+METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-4}}
+
+
+def train(subject: str, method: str, out: Path) -> Path:
+    """Train one method on one subject; returns the folder with the LoRA."""
+    class_name, folder = SUBJECTS[subject], out / f"{subject}-{method.replace(' ', '-')}"
+    flags = {"pretrained_model_name_or_path": TOY / "model", "instance_data_dir": TOY / "subjects" / subject,
+             "instance_prompt": f"a photo of a sks {class_name}", "output_dir": folder, **FLAGS, **METHODS[method]}
+    if "with_prior_preservation" in flags:
+        flags |= {"class_prompt": f"a photo of a {class_name}", "class_data_dir": out / f"{class_name}-pictures"}
+    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
+    trainer.main(trainer.parse_args(words))
+    return folder
+
+
+def draw(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> list[Image.Image]:
+    """One picture a prompt, seeded by its number, as a user draws."""
+    images = []
+    for first in range(0, len(prompts), 10):
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts[first:first + 10]))]
+        images += pipeline(prompts[first:first + 10], num_inference_steps=25, generator=generators).images
+    return images
+
+
+def measure(subject: str, lora: Path | None, judge: Judge) -> tuple[dict[str, float], list[Image.Image]]:
+    """Percentages over 60 + 60 pictures, and the first picture of every place."""
+    class_name = SUBJECTS[subject]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
+    images = draw(pipeline, [f"a photo of a sks {class_name} {place}" for place in PLACES for _ in range(10)])
+    shown = judge(images)
+    kept = judge(draw(pipeline, [f"a photo of a {class_name}"] * 60))
+    share = {
+        "subject shown": sum(verdict.subjects[subject] > 0.5 for verdict in shown) / 60,
+        "place right": sum(verdict.place == PLACES[i // 10] for i, verdict in enumerate(shown)) / 60,
+        "class shows subject": sum(verdict.subjects[subject] > 0.5 for verdict in kept) / 60,
+        "class right": sum(verdict.class_name == class_name for verdict in kept) / 60,
+    }
+    return {name: 100 * value for name, value in share.items()}, images[::10]
+
+
+def main() -> None:
+    """Print the table and save the contact sheet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("/tmp/learning"))
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--methods", nargs="+", default=["untrained", *METHODS], choices=["untrained", *METHODS])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    judge, rows, pictures = Judge(), [], []
+    for subject in args.subjects:
+        for method in args.methods:
+            lora = train(subject, method, args.out) if method != "untrained" else None
+            shares, images = measure(subject, lora, judge)
+            rows.append((f"{subject}, {method}", shares))
+            pictures += images
+            print(rows[-1], flush=True)
+    sheet([picture.resize((128, 128), Image.Resampling.LANCZOS) for picture in pictures], len(PLACES)).save(args.out / "sheet.png")
+    names = list(rows[0][1])
+    print("\n" + " | ".join(["run".ljust(24), *names]))
+    for label, shares in rows:
+        print(" | ".join([label.ljust(24), *(f"{shares[name]:.0f} %".rjust(len(name)) for name in names)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The files that a run leaves: the LoRA, the card, the settings, the tracker's records."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+import train_dreambooth_lora_sdxl as trainer
+import yaml
+from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+
+def test_the_lora_file_restores_rank_and_alpha_by_itself(train, tiny):
+    output = train(rank=6, lora_alpha=3, train_text_encoder=True)
+    with safe_open(output / trainer.LORA_FILE, framework="pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 (safetensors has no iterator)
+    assert settings["unet.r"] == 6 and settings["text_encoder_2.lora_alpha"] == 3
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    pipeline.load_lora_weights(output)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        config = part.peft_config["default_0"]
+        assert (config.r, config.lora_alpha) == (6, 3)
+
+
+def test_every_adapter_arrives_in_the_users_pipeline(train, tiny):
+    output = train(train_text_encoder=True, max_train_steps=3, text_encoder_lr=1e-2)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    pipeline.load_lora_weights(output)
+    loaded = {}
+    for component in ("unet", "text_encoder", "text_encoder_2"):
+        for name, parameter in getattr(pipeline, component).named_parameters():
+            if "lora_" in name:
+                loaded[component + "." + name.replace(".default_0", "").removeprefix("text_model.")] = parameter
+    with safe_open(output / trainer.LORA_FILE, framework="pt") as file:
+        saved = {key.replace(".text_model.", "."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert set(saved) == set(loaded)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_trap_17_a_file_that_does_not_read_back_is_not_reported(train, monkeypatch):
+    real = trainer.save_file
+    monkeypatch.setattr(trainer, "save_file", lambda tensors, *rest: real({k: v + 1 for k, v in tensors.items()}, *rest))
+    with pytest.raises(trainer.TrainingError, match="did not read back"):
+        train()
+    assert not list(Path(train.flags["output_dir"]).rglob("*.safetensors"))
+
+
+def test_files_have_the_users_permissions(train):
+    before = os.umask(0o027)
+    try:
+        output = train(checkpointing_steps=2)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in output.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_the_card_is_valid_and_nothing_in_a_prompt_breaks_it(train, tmp_path):
+    prompt = 'a photo of sks: "dog" `rm` --- \n--- # {pictures} 犬'
+    output = train(instance_prompt=prompt, validation_prompt=prompt, num_validation_images=2)
+    card = ModelCard.load(output / "README.md")
+    assert card.data.instance_prompt == prompt
+    assert [entry["text"] for entry in card.data.widget] == [prompt] * 2
+    assert all((output / entry["output"]["url"]).exists() for entry in card.data.widget)
+    assert "text-to-image" in card.data.tags and card.data.library_name == "diffusers"
+    assert "--train_batch_size" in card.text and "<Gallery />" in card.text
+
+
+def test_the_license_of_the_base_is_the_cards(train, tiny, tmp_path):
+    import shutil
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    assert ModelCard.load(train(pretrained_model_name_or_path=base) / "README.md").data.license == "openrail++"
+
+
+def test_the_run_starts_again_from_its_settings(train, tmp_path):
+    output = train(seed=None, random_flip=True)
+    settings = yaml.safe_load((output / trainer.CONFIG_FILE).read_text())
+    assert isinstance(settings["seed"], int) and settings["random_flip"] is True
+    args = trainer.parse_args(["--config", str(output / trainer.CONFIG_FILE), f"--output_dir={tmp_path / 'again'}"])
+    trainer.main(args)
+    first, second = ((folder / trainer.LORA_FILE).read_bytes() for folder in (output, tmp_path / "again"))
+    assert first == second
+
+
+def test_trap_28_tensorboard_gets_scalars_and_pictures_with_their_step(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    output = train(report_to="tensorboard", max_train_steps=20, validation_prompt="a dog", validation_steps=10,
+                   num_validation_images=2, train_text_encoder=True)
+    events = next(path for path in (output / "logs").rglob("events.*") if path.parent.name == "dreambooth-lora-sdxl")
+    records = EventAccumulator(str(events))
+    records.Reload()
+    tags = records.Tags()
+    assert {"loss", "grad_norm", "lr/unet", "lr/text_encoder", "samples_per_second", "peak_memory_gb"} <= set(tags["scalars"])
+    assert [event.step for event in records.Scalars("loss")] == [10, 20]
+    assert sorted({event.step for tag in tags["images"] for event in records.Images(tag)}) == [0, 10, 20]
+
+
+def test_trap_28_wandb_gets_them_too(train):
+    told = train.shell(report_to="wandb", max_train_steps=10, validation_prompt="a dog", num_validation_images=1,
+                       hub_token="hf_marked", env={"WANDB_MODE": "offline"})
+    assert told.returncode == 0, told.stderr
+    output = Path(train.flags["output_dir"])
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+    store = DataStore()
+    store.open_for_scan(str(next(output.rglob("*.wandb"))))
+    logged = {}
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    assert logged["loss"] and logged["_step"] == [0, 10]
+    assert len(list(output.rglob("media/images/*.png"))) == 2
+    assert not any(b"hf_marked" in path.read_bytes() for path in output.rglob("*") if path.is_file())
+    assert not (train.folder / "wandb").exists()

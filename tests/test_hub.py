@@ -1,0 +1,91 @@
+"""Pushing with the real huggingface_hub client to a local server that speaks the Hub's protocol."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train_dreambooth_lora_sdxl as trainer
+from conftest import ROOT
+from hub import Hub
+
+TOKEN = "hf_MARKEDTOKENnobodymayeverseethis"
+
+
+@pytest.fixture
+def hub():
+    return Hub(TOKEN)
+
+
+def push(train, hub, env=None, **flags):
+    """Train and push in a process of its own, against the local Hub."""
+    flags = {"push_to_hub": True, "report_to": "tensorboard", "validation_prompt": "a photo of sks dog",
+             "num_validation_images": 1, "log_level": "info", "checkpointing_steps": 1, **flags}
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(train.folder / "home"), **(env or {})}
+    return train.shell(env=env, **flags)
+
+
+def assert_nowhere(token: str, folder: Path, *told: str) -> None:
+    """The token is in no file below a folder and in no text."""
+    for path in folder.rglob("*"):
+        assert not path.is_file() or token.encode() not in path.read_bytes(), path
+    assert all(token not in text for text in told)
+
+
+def test_trap_35_only_lora_card_and_pictures_are_uploaded_and_the_token_is_nowhere(train, hub):
+    told = push(train, hub, hub_token=TOKEN, hub_model_id="me/dog", hub_private_repo=True)
+    assert told.returncode == 0, told.stderr
+    assert set(hub.files["me/dog"]) == {trainer.LORA_FILE, "README.md", "validation/step-000002/00.png"}
+    assert hub.private["me/dog"]
+    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
+    assert f"{hub.endpoint}/me/dog" in told.stdout
+
+
+def test_the_token_leaves_the_process_title(train, hub, tmp_path):
+    """The script replaces itself by a process without the flag before anything else happens."""
+    words = train.words(hub_token=TOKEN, rank="x")
+    probe = "import os, sys, runpy\nreal = os.execv\n" \
+            "def execv(path, words):\n    print(words, os.environ['HF_TOKEN'])\n    real(path, [path, '-c', 'print(1)'])\n" \
+            f"os.execv = execv\nsys.argv = ['x.py', *{words!r}]\nrunpy.run_path({str(trainer.__file__)!r}, run_name='__main__')"
+    told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    words, token = told.stdout.splitlines()[0].rsplit(" ", 1)
+    assert token == TOKEN and "hub_token" not in words and TOKEN not in words
+
+
+def test_what_was_pushed_reads_back_as_the_readme_says(train, hub, tiny, tmp_path):
+    told = push(train, hub, hub_model_id="me/dog", env={"HF_TOKEN": TOKEN})
+    assert told.returncode == 0, told.stderr
+    reader = f"""
+import torch
+from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import RepoCard
+card = RepoCard.load("me/dog")
+card.validate()
+print(card.data.instance_prompt, card.data.tags, card.data.widget[0]["output"]["url"])
+pipeline = StableDiffusionXLPipeline.from_pretrained({str(tiny)!r})
+pipeline.load_lora_weights("me/dog", weight_name="pytorch_lora_weights.safetensors")
+print(pipeline.get_active_adapters(), pipeline.unet.peft_config["default_0"].r)
+"""
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "reader"), "HF_TOKEN": TOKEN}
+    told = subprocess.run([sys.executable, "-c", reader], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    assert "a photo of sks dog" in told.stdout and "template:sd-lora" in told.stdout and "['default_0'] 4" in told.stdout
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_repository_costs_seconds_not_hours(train, hub, status):
+    hub.refuse["/api/repos/create"] = status
+    told = push(train, hub, hub_token=TOKEN, hub_model_id="other/dog")
+    assert told.returncode == 2 and "--push_to_hub cannot create other/dog" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not Path(train.flags["output_dir"]).exists()
+    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
+
+
+def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub):
+    hub.refuse["/commit/"] = 500
+    told = push(train, hub, hub_token=TOKEN, hub_model_id="me/dog")
+    assert told.returncode == 1 and "hf upload me/dog" in told.stderr and "Traceback" not in told.stderr
+    assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
+    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)

@@ -1,0 +1,195 @@
+"""What is trained, in which dtype, and that prompts and latents are what diffusers' pipeline makes of them."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from train_dreambooth_lora_sdxl import (
+    PART_CLASSES,
+    Source,
+    TrainingError,
+    UserError,
+    build_text,
+    encode_image,
+    load_part,
+    load_trainable,
+    load_vae,
+    lora_config,
+    lora_tensors,
+    start,
+    text_encoder_targets,
+    tokenize_prompts,
+)
+
+
+@pytest.fixture
+def run(train):
+    return lambda **flags: start(train.args(**flags))
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(run, tiny):
+    prompts = ["a photo of sks dog on grass", "a red car"]
+    table = build_text(run(), prompts, trained=False, dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    for prompt in prompts:
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=True)
+        assert torch.equal(table.of(prompt)[0], embeds) and torch.equal(table.of(prompt)[1], pooled)
+
+
+def test_trained_encoders_start_from_the_same_embeddings(run):
+    started = run(train_text_encoder=True)
+    model = load_trainable(started)
+    frozen, trained = (build_text(started, ["a photo of sks dog"], kind, torch.float32) for kind in (False, True))
+    for ours, theirs in zip(model.embed(trained.rows), frozen.rows, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_trap_12_a_cut_prompt_is_quoted(tiny, capsys, train):
+    train.args(log_level="info")
+    tokenize_prompts(Source(str(tiny)), ["a photo of a " + "red " * 19 + "duck on grass"])
+    told = capsys.readouterr().out
+    assert "more than 24 tokens" in told and '"duck on grass"' in told
+    tokenize_prompts(Source(str(tiny)), ["a photo of a dog"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_trap_4_adapters_are_float32_and_the_rest_is_frozen_in_the_base_precision(run, precision):
+    started = run(train_text_encoder=True, mixed_precision=precision, gradient_checkpointing=True)
+    model = load_trainable(started)
+    adapters = model.adapters()
+    assert adapters and all("lora_" in name and p.dtype == torch.float32 for name, p in adapters.items())
+    rest = {p.dtype for name, p in model.named_parameters() if name not in adapters}
+    assert rest == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+def test_trap_5_precision_comes_from_accelerate_when_the_flag_is_absent(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run().dtype == torch.bfloat16
+
+
+def test_trap_11_no_adapter_on_a_layer_that_sdxl_never_reads(run):
+    model = load_trainable(run(train_text_encoder=True))
+    first, second = (set(name.split("layers.")[1][0] for name, p in encoder.named_parameters() if p.requires_grad)
+                     for encoder in model.text_encoders)
+    assert first == {"0", "1"} and second == {"0", "1", "2"}
+
+
+def test_trap_15_names_of_text_encoders_carry_text_model(run):
+    names = set(lora_tensors(load_trainable(run(train_text_encoder=True))))
+    for component in ("text_encoder", "text_encoder_2"):
+        own = {name for name in names if name.startswith(component + ".")}
+        assert own and all(name.startswith(f"{component}.text_model.encoder.layers.") for name in own)
+    assert {name.rsplit(".", 2)[1] for name in names} == {"lora_A", "lora_B"}
+
+
+def test_full_size_counts(run):
+    """560 attention modules, 5.8 M parameters at rank 4: the figures of the real SDXL, on the meta device."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=[320, 640, 1280], layers_per_block=2, transformer_layers_per_block=[1, 2, 10],
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, sample_size=128)
+        unet.requires_grad_(False)
+        unet.add_adapter(lora_config(run().args, ["to_k", "to_q", "to_v", "to_out.0"]))
+        text = PART_CLASSES["text_encoder"].config_class(num_hidden_layers=12)
+        encoder = PART_CLASSES["text_encoder"](text)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 560 and round(sum(p.numel() for p in trained) / 1e6, 1) == 5.8
+    import re
+    targets = re.compile(text_encoder_targets(encoder))
+    hit = [name for name, _ in encoder.named_modules() if targets.fullmatch(name)]
+    assert len(hit) == 11 * 4 and not any("layers.11." in name for name in hit)
+
+
+def test_moments_are_the_vaes_own(tiny):
+    vae = load_part(Source(str(tiny)), "vae", torch.float32, torch.device("cpu"))
+    pixels = torch.rand(3, 16, 16) * 2 - 1
+    mean, std = encode_image(vae, pixels, "x")
+    posterior = vae.encode(pixels[None]).latent_dist
+    torch.testing.assert_close(mean, posterior.mean[0] * vae.config.scaling_factor)
+    torch.testing.assert_close(std, posterior.std[0] * vae.config.scaling_factor)
+
+
+class OverflowingVAE(torch.nn.Module):
+    """Finite only from a given precision on, as SDXL's own VAE is."""
+
+    def __init__(self, vae, finite_in):
+        super().__init__()
+        self.vae, self.finite_in, self.config = vae, finite_in, vae.config
+
+    def to(self, *args, **keywords):
+        self.vae.to(*args, **keywords)
+        return self
+
+    @property
+    def dtype(self):
+        return self.vae.dtype
+
+    device = torch.device("cpu")
+
+    def encode(self, pixels):
+        answer = self.vae.encode(pixels)
+        if pixels.dtype not in self.finite_in:
+            answer.latent_dist.mean = answer.latent_dist.mean * float("nan")
+        return answer
+
+
+def test_trap_26_a_vae_that_overflows_is_used_in_float32_or_the_picture_is_named(tiny):
+    pixels = torch.rand(3, 16, 16) * 2 - 1
+    vae = load_part(Source(str(tiny)), "vae", torch.bfloat16, torch.device("cpu"))
+    mean, _ = encode_image(OverflowingVAE(vae, {torch.float32}), pixels, "dog.png")
+    assert mean.isfinite().all() and mean.dtype == torch.float32
+    with pytest.raises(TrainingError, match="dog.png"):
+        encode_image(OverflowingVAE(vae, set()), pixels, "dog.png")
+
+
+def test_trap_26_force_upcast_is_obeyed(tiny, tmp_path):
+    vae = load_part(Source(str(tiny)), "vae", torch.float32, torch.device("cpu"))
+    vae.register_to_config(force_upcast=True)
+    vae.save_pretrained(tmp_path)
+    source = Source(str(tmp_path), is_pipeline=False)
+    assert load_vae(source, torch.float16, torch.device("cpu")).dtype == torch.float32
+    assert load_vae(Source(str(tiny)), torch.float16, torch.device("cpu")).dtype == torch.float16
+
+
+def test_an_own_vae_ignores_the_revision_of_the_base(run):
+    started = run(pretrained_vae_model_name_or_path="owner/vae", revision="refs/pr/1", variant="fp16")
+    assert started.vae == Source("owner/vae", None, None, None, False)
+
+
+def test_a_part_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(UserError, match="the vae of .*nowhere"):
+        load_part(Source(str(tmp_path / "nowhere")), "vae", torch.float32)
+
+
+def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
+    from train_dreambooth_lora_sdxl import build_cache, make_samples
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    Image.new("RGB", (40, 20)).save(classes / "0.png")
+    started = start(train.args(with_prior_preservation=True, class_data_dir=classes, class_prompt="a dog", center_crop=True))
+    samples = make_samples(started.args)
+    cache = build_cache(started, samples, build_text(started, ["a photo of sks dog", "a dog"], False, torch.float32))
+    ids = [cache.add_time_ids[views[0]].tolist() for views in cache.views]
+    assert ids[0] == [32, 24, (round(32 * 16 / 24) - 16) // 2, 0, 16, 16]
+    assert ids[-1] == [20, 40, 0, 8, 16, 16]
+    assert cache.weight.tolist() == [1.0] * 5 + [1.0] and len(cache.views) == 6
+
+
+def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
+    from train_dreambooth_lora_sdxl import Order, build_cache, make_samples
+    started = start(train.args(random_flip=True, repeats=2))
+    samples = make_samples(started.args)
+    table = build_text(started, ["a photo of sks dog"], False, torch.float32)
+    cache = build_cache(started, samples, table)
+    order = Order(range(len(samples)), (), 2, seed=0)
+    seen = {}
+    for n in range(200):
+        batch = cache.batch(table, order, n)
+        for row, ids in zip(order.rows(n), batch.add_time_ids.tolist(), strict=True):
+            seen.setdefault(row, set()).add(tuple(ids))
+    assert all(len(looks) >= 3 for looks in seen.values())
+    assert len(samples) == 10 and seen[0] != seen[5]  # a repeat has views of its own

@@ -1,0 +1,68 @@
+"""The bundled model is good, the judge can be trusted, and the trainer knows nothing of either."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT
+from diffusers import StableDiffusionXLPipeline
+from judge import Judge
+from scene import CLASSES, COLOURS, PLACES, SUBJECTS, Scene, draw
+
+MODEL = ROOT / "examples" / "toy_world" / "model"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge()
+
+
+def test_a_scene_is_a_function_of_its_description():
+    scene = Scene("dog", "red", "on grass", 5)
+    assert draw(scene).tobytes() == draw(scene).tobytes() != draw(Scene("dog", "red", "on grass", 6)).tobytes()
+    assert draw(scene, 128).size == (128, 128)
+
+
+def test_the_judge_knows_drawn_scenes(judge):
+    """Scenes whose seeds it was not trained on: what it says of a model means something."""
+    scenes = [Scene(CLASSES[i % 5], list(COLOURS)[i % 7], PLACES[i % 6], 10**9 + i) for i in range(210)]
+    verdicts = judge([draw(scene) for scene in scenes])
+    for question in ("class_name", "colour", "place"):
+        right = sum(getattr(v, question) == getattr(s, question) for v, s in zip(verdicts, scenes, strict=True))
+        assert right >= 0.95 * len(scenes), (question, right)
+    assert sum(max(v.subjects.values()) > 0.5 for v in verdicts) <= 2
+
+
+def test_the_judge_knows_the_subjects_and_is_not_fooled_by_their_colour(judge):
+    for subject, class_name in SUBJECTS.items():
+        shown = [draw(Scene(class_name, "white", PLACES[i % 6], 10**9 + i, subject)) for i in range(60)]
+        alike = [draw(Scene(class_name, (132, 58, 192) if class_name == "dog" else (52, 52, 64), PLACES[i % 6], 10**9 + i)) for i in range(60)]
+        assert sum(v.subjects[subject] > 0.5 for v in judge(shown)) >= 57
+        assert sum(v.subjects[subject] > 0.5 for v in judge(alike)) <= 3
+
+
+def test_the_model_draws_what_it_is_told(judge):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL)
+    pipeline.set_progress_bar_config(disable=True)
+    told = [(CLASSES[i % 5], list(COLOURS)[i % 7], PLACES[i // 2 % 6]) for i in range(200)]
+    images = []
+    for first in range(0, 200, 20):
+        prompts = [f"a photo of a {colour} {name} {place}" for name, colour, place in told[first:first + 20]]
+        images += pipeline(prompts, num_inference_steps=25, generator=torch.Generator().manual_seed(first)).images
+    verdicts = judge(images)
+    right = [sum(getattr(v, question) == asked[i] for v, asked in zip(verdicts, told, strict=True)) / 200
+             for i, question in enumerate(("class_name", "colour", "place"))]
+    assert right[0] >= 0.95 and right[1] >= 0.85 and right[2] >= 0.95, right
+
+
+def test_the_model_is_small_and_the_trainer_knows_nothing_of_it():
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 24e6
+    assert not list(MODEL.rglob("*.bin"))
+    import re
+    code = re.sub(r'^""".*?^"""', "", SCRIPT.read_text(), count=1, flags=re.S | re.M)
+    assert not any(word in code for word in ("toy_world", "sks", "bucket"))
+
+
+def test_five_pictures_of_each_subject():
+    for subject in SUBJECTS:
+        assert len(list((Path(MODEL).parent / "subjects" / subject).glob("*.png"))) == 5

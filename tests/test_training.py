@@ -1,0 +1,270 @@
+"""Whole runs on the tiniest model: what they leave, that they resume exactly, that they stop well."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train_dreambooth_lora_sdxl as trainer
+from conftest import ROOT, SCRIPT
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+PAIRS = {
+    "plain": {},
+    "flips, accumulation, snr": {"random_flip": True, "gradient_accumulation_steps": 2, "snr_gamma": 5},
+    "text encoder, dropout, checkpointing": {"train_text_encoder": True, "lora_dropout": 0.3, "gradient_checkpointing": True},
+    "prior, 8-bit, cosine": {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 3,
+                             "use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "rank": 64},
+    "prior, text encoder, bf16": {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "mixed_precision": "bf16",
+                                  "num_class_images": 3, "train_text_encoder": True, "repeats": 2},
+}
+
+
+def adapters(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / trainer.LORA_FILE)
+
+
+def assert_equal(first: dict, second: dict) -> None:
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_trap_30_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, tmp_path, name):
+    flags = dict(PAIRS[name])
+    if "class_prompt" in flags:
+        flags["class_data_dir"] = tmp_path / "classes"
+    whole = train(**flags, output_dir=tmp_path / "whole", max_train_steps=5, checkpointing_steps=3)
+    # another folder, a validation in between, a checkpoint from outside the output folder
+    resumed = train(**flags, output_dir=tmp_path / "resumed", max_train_steps=5, validation_prompt="a dog", num_validation_images=1,
+                    validation_steps=4, resume_from_checkpoint=f"{whole / 'checkpoint-3'}/")
+    assert_equal(adapters(whole), adapters(resumed))
+    moved = adapters(whole)
+    assert all(tensor.abs().max() > 0 for tensor in moved.values())  # every adapter learnt something
+    assert ("text_encoder_2." in " ".join(moved)) == ("train_text_encoder" in flags)
+
+
+def test_the_seed_decides_everything(train, tmp_path):
+    first, second, other = (train(output_dir=tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
+    assert_equal(adapters(first), adapters(second))
+    assert not torch.equal(*(next(iter(adapters(folder).values())) for folder in (first, other)))
+
+
+def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
+    """One step of two micro-batches is the mean of their losses: the same rows and noise, split differently, agree."""
+    started = trainer.start(train.args())
+    model = trainer.load_trainable(started)
+    samples = trainer.make_samples(started.args)
+    table = trainer.build_text(started, [samples[0].prompt], False, torch.float32)
+    cache = trainer.build_cache(started, samples, table)
+    objective, order = trainer.make_objective(started.scheduler), trainer.Order(range(5), (), 2, 1)
+    for n in range(4):
+        torch.manual_seed(trainer.position_seed(1, "noise", n))
+        (trainer.diffusion_loss(model, objective, cache.batch(table, order, n)) / 4).backward()
+    gradients = {name: parameter.grad for name, parameter in model.adapters().items()}
+    out = train(gradient_accumulation_steps=4, max_train_steps=1, learning_rate=1e-2, adam_weight_decay=0, max_grad_norm=1e9)
+    moved = adapters(out)
+    for name, gradient in gradients.items():
+        before, after = model.adapters()[name].detach(), moved[name.replace(".default", "")]
+        big = gradient.abs() > 1e-5  # AdamW's first step is lr * sign(gradient)
+        torch.testing.assert_close((after - before)[big], -1e-2 * gradient.sign()[big], rtol=1e-2, atol=1e-5)
+
+
+def test_checkpoints_are_whole_pruned_and_leave_others_alone(train):
+    output = Path(train.flags["output_dir"])
+    (output / "checkpoint-best").mkdir(parents=True)
+    train(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6", "checkpoint-best"]
+    assert {path.name for path in (output / "checkpoint-6").iterdir()} == {"state.pt", trainer.LORA_FILE}
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_trap_32_resume_from_odd_places(train, tmp_path):
+    output = train(max_train_steps=2, checkpointing_steps=2)
+    before = adapters(output)
+    train(max_train_steps=2, resume_from_checkpoint="latest")  # already finished: nothing to do, everything written
+    assert_equal(before, adapters(output))
+    (output / "checkpoint-2").rename(tmp_path / "elsewhere")
+    train(max_train_steps=2, resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    train(max_train_steps=1, resume_from_checkpoint="latest")  # an empty folder begins anew
+    state = tmp_path / "elsewhere" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(trainer.UserError, match="no sound checkpoint"):
+        train(max_train_steps=4, resume_from_checkpoint=str(tmp_path / "elsewhere"))
+
+
+def test_a_checkpoint_of_another_rank_is_refused(train, tmp_path):
+    output = train(checkpointing_steps=2)
+    with pytest.raises(trainer.UserError, match="--rank"):
+        train(rank=8, output_dir=tmp_path / "other", resume_from_checkpoint=output / "checkpoint-2")
+
+
+def test_a_failed_write_keeps_the_checkpoint_before(train, monkeypatch):
+    output = train(max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1)
+    monkeypatch.setattr(torch, "save", lambda *rest: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError):
+        train(max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1, resume_from_checkpoint="latest")
+    monkeypatch.undo()
+    assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-2"]
+    train(max_train_steps=3, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("encoders", [False, True])
+def test_trap_10_validation_draws_what_a_user_draws(train, tiny, precision, encoders):
+    prompt = "a photo of sks dog on grass"
+    output = train(mixed_precision=precision, train_text_encoder=encoders, validation_prompt=prompt, num_validation_images=2,
+                   lora_dropout=0.5, max_train_steps=3, learning_rate=0.05, text_encoder_lr=0.05, lora_alpha=8)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    for step, loaded in ((0, False), (3, True)):
+        if loaded:
+            pipeline.load_lora_weights(output)
+        for index in range(2):
+            drawn = pipeline(prompt, num_inference_steps=25, generator=torch.Generator().manual_seed(1 + index), height=16, width=16).images[0]
+            ours = Image.open(output / "validation" / f"step-{step:06d}" / f"{index:02d}.png")
+            assert ours.tobytes() == drawn.tobytes()
+    assert (output / "validation/step-000000/00.png").read_bytes() != (output / "validation/step-000003/00.png").read_bytes()
+    assert Image.open(output / "progress.png").width > 2 * 192
+
+
+def test_validation_without_zeros_for_the_empty_prompt(train, tiny, tmp_path):
+    import json
+    import shutil
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    output = train(pretrained_model_name_or_path=base, validation_prompt="a dog", num_validation_images=1, max_train_steps=1)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    drawn = pipeline("a dog", num_inference_steps=25, generator=torch.Generator().manual_seed(1), height=16, width=16).images[0]
+    assert Image.open(output / "validation/step-000000/00.png").tobytes() == drawn.tobytes()
+
+
+def test_trap_27_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_overwritten(train, monkeypatch):
+    output = train(max_train_steps=2, checkpointing_steps=2)
+    before = adapters(output)
+    real = trainer.diffusion_loss
+    monkeypatch.setattr(trainer, "diffusion_loss", lambda *rest: real(*rest) * math.nan)
+    with pytest.raises(trainer.TrainingError, match="the loss became nan"):
+        train(max_train_steps=30, checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint="latest")
+    assert_equal(before, adapters(output))
+    assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-2"]
+    assert_equal(before, load_file(output / "checkpoint-2" / trainer.LORA_FILE))
+
+
+def test_class_pictures_are_seeded_by_number_and_a_stopped_drawing_goes_on(train, tmp_path):
+    flags = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 5, "sample_batch_size": 2}
+    train(**flags, class_data_dir=tmp_path / "a", max_train_steps=1)
+    names = [f"generated-{i:05d}.png" for i in range(5)]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    pixels = [Image.open(tmp_path / "a" / name).tobytes() for name in names]
+    assert len(set(pixels)) == 5
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / names[0]).rename(tmp_path / "b" / names[0])
+    (tmp_path / "b" / "own.jpg").write_bytes((tmp_path / "a" / names[1]).read_bytes())
+    train(**flags, class_data_dir=tmp_path / "b", max_train_steps=1)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [*names[:4], "own.jpg"]
+    again = [Image.open(tmp_path / "b" / name) for name in names[1:4]]
+    for image, before in zip(again, pixels[1:4], strict=True):  # another batch size may round differently
+        assert max(abs(x - y) for x, y in zip(image.tobytes(), before, strict=True)) <= 2
+
+
+def test_trap_7_ranks_draw_different_class_pictures():
+    paths = trainer.missing_class_images
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        missing = paths(Path(folder), 7)
+        shares = [missing[rank::3] for rank in range(3)]
+        assert sorted(sum(shares, [])) == missing and len({trainer.position_seed(0, "class picture", i) for i, _ in missing}) == 7
+
+
+def test_scale_lr_leaves_the_arguments_alone(train):
+    args = train.args(scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3, train_text_encoder=True)
+    before = dict(vars(args))
+    model = trainer.load_trainable(trainer.start(args))
+    groups = trainer.make_optimizer(args, model, 6).param_groups
+    assert [group["lr"] for group in groups] == [6e-2, 6 * 5e-6]
+    assert [group["weight_decay"] for group in groups] == [1e-4, 1e-3]
+    assert sum(len(group["params"]) for group in groups) == len(model.adapters())
+    assert vars(args) == before
+
+
+def test_another_vae_is_used(train, tiny, tmp_path):
+    vae = trainer.load_part(trainer.Source(str(tiny)), "vae", torch.float32)
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    plain, other = (train(output_dir=tmp_path / name, **flags) for name, flags in
+                    (("a", {}), ("b", {"pretrained_vae_model_name_or_path": tmp_path / "vae"})))
+    assert not all(torch.equal(x, y) for x, y in zip(adapters(plain).values(), adapters(other).values(), strict=True))
+
+
+def test_dataloader_workers_change_nothing(train, tmp_path):
+    first, second = (train(output_dir=tmp_path / str(workers), dataloader_num_workers=workers) for workers in (0, 3))
+    assert_equal(adapters(first), adapters(second))
+
+
+def start_and_signal(train, signum: int, **flags) -> tuple[subprocess.Popen, str]:
+    """Start a long run in a process of its own, signal it once it has made steps, and wait for its end."""
+    output = Path(train.flags["output_dir"])
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *train.words(max_train_steps=100_000, checkpointing_steps=5, **flags)],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    deadline = time.time() + 120
+    while not list(output.glob("checkpoint-*")) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signum)
+    return process, process.communicate(timeout=60)[0]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_trap_33_a_signal_saves_and_says_how_to_go_on(train, name):
+    signum = getattr(signal, name)
+    process, told = start_and_signal(train, signum, checkpoints_total_limit=1)
+    output = Path(train.flags["output_dir"])
+    assert process.returncode == 128 + signum, told
+    assert "Traceback" not in told and "--resume_from_checkpoint latest" in told
+    checkpoint, = trainer.list_checkpoints(output)
+    assert_equal(adapters(output), load_file(checkpoint / trainer.LORA_FILE))
+    command = next(line for line in told.splitlines() if "--resume_from_checkpoint" in line).split()
+    step = int(checkpoint.name[11:])
+    again = subprocess.run([sys.executable, *command[2:], f"--max_train_steps={step + 2}"], capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+
+
+def test_exit_codes_of_a_process(train, tmp_path):
+    broken = tmp_path / "pictures"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"x")
+    told = train.shell(instance_data_dir=broken)
+    assert told.returncode == 2 and told.stderr.startswith("error: --instance_data_dir") and told.stderr.count("\n") == 1
+    assert not Path(train.flags["output_dir"]).exists()
+
+
+def test_output_of_a_run_is_plan_progress_summary(train):
+    told = train.shell(log_level="info", validation_prompt="a dog", num_validation_images=1)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["Subject", "Base", "LoRA", "Steps", "Output", "Done", "LoRA", "Pictures", "Card"]
+    assert "Training" in told.stderr and "warn" not in told.stderr.lower()
+    assert all("Training" in line or not line for line in told.stderr.replace("\r", "\n").splitlines())
+
+
+def test_notebook_launcher(train, tmp_path):
+    """What a Colab cell does."""
+    cell = f"""
+import accelerate, train_dreambooth_lora_sdxl as trainer
+def function():
+    trainer.main(trainer.parse_args({train.words()!r}))
+accelerate.notebook_launcher(function, num_processes=1)
+"""
+    told = subprocess.run([sys.executable, "-c", cell], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert told.returncode == 0, told.stderr
+    assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
