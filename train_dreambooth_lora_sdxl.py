@@ -826,14 +826,25 @@ def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: to
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends well: no half-written file bears its final name."""
+    """A file or folder to write, which becomes `path` when the block ends well: nothing half-written bears its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
+    remove(unfinished)  # of a run that was killed
     try:
         yield unfinished
+        if path.is_dir():  # a folder cannot be replaced, as a file can
+            remove(path)
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -1147,17 +1158,13 @@ class TrainingState:
 
 def save_checkpoint(output: Path, state: TrainingState, keep: int | None, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove the oldest beyond `keep`."""
-    folder, unfinished = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_lora(unfinished / LORA_FILE, state.model)
-    with open(unfinished / "state.pt", "wb") as file:
-        torch.save(state.state_dict(step), file)
-        file.flush()
-        os.fsync(file.fileno())
-    if folder.exists():  # the run was started again without --resume_from_checkpoint
-        shutil.rmtree(folder)
-    unfinished.replace(folder)
+    with written_beside(output / f"checkpoint-{step}") as folder:
+        folder.mkdir()
+        write_lora(folder / LORA_FILE, state.model)
+        with open(folder / "state.pt", "wb") as file:
+            torch.save(state.state_dict(step), file)
+            file.flush()
+            os.fsync(file.fileno())
     for old in list_checkpoints(output)[:-keep] if keep else ():
         shutil.rmtree(old)
 
@@ -1299,7 +1306,9 @@ class Progress:
         self.bar.update()
 
     def report(self, step: int) -> None:
-        """Tell bar and trackers. Raises TrainingError if the loss is not finite."""
+        """Tell bar and trackers, if there is news. Raises TrainingError if the loss is not finite."""
+        if not self.losses:
+            return
         mean = torch.stack(self.losses).mean()
         self.loss, now = self.accelerator.reduce(mean, "mean").item(), time.perf_counter()
         if not math.isfinite(self.loss):
@@ -1376,6 +1385,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             if due(step, LOG_STEPS, last):
                 progress.report(step)
             if due(step, args.checkpointing_steps):
+                progress.report(step)  # a loss that is not finite ends the run here, before anything is overwritten
                 save(step)
             if due(step, validation_steps, last):
                 validate(step)

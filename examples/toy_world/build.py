@@ -326,7 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/toy_world"), help="where unfinished stages are kept")
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--unet_steps", type=int, default=3000)
+    parser.add_argument("--unet_steps", type=int, default=1950)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
