@@ -65,6 +65,8 @@ CACHE_VARIANTS = 8  # views of a picture that are encoded where crop or flip are
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
 
+IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one that talks, known before torch is
+
 logger = logging.getLogger("dreambooth")
 
 
@@ -92,7 +94,7 @@ def one_sentence() -> Iterator[None]:
     except (UserError, TrainingError, Stopped, KeyboardInterrupt) as ending:
         codes = {UserError: 2, TrainingError: 1, KeyboardInterrupt: 130}
         message = str(ending) or "interrupted before training began; what was written so far is whole."
-        if os.environ.get("RANK", "0") == "0":
+        if IS_FIRST_RANK:
             print(message if isinstance(ending, Stopped) else f"error: {message}", file=sys.stderr)
         sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
 
@@ -270,7 +272,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Fail at the door: conflicts of flags, missing packages, folders, pictures. Raises UserError."""
     if args.resolution % 8:
-        raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8} is.")
+        raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8 + 8} is.")
     if args.lora_dropout >= 1 or max(args.adam_beta1, args.adam_beta2) >= 1:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
@@ -342,8 +344,11 @@ def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """The output folder can be made and written, and the checkpoint to resume from exists."""
+    """The checkpoint to resume from exists, and the output folder can be made and written; it is not left behind."""
     output = Path(args.output_dir)
+    find_checkpoint(args.resume_from_checkpoint, output)
+    if not IS_FIRST_RANK:  # others would make and remove the same folder at the same moment
+        return
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -351,10 +356,8 @@ def check_output(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {output} cannot be written ({error.strerror}); choose another.") from error
     finally:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
-    find_checkpoint(args.resume_from_checkpoint, output)
+        for folder in filter(Path.is_dir, missing):
+            folder.rmdir()
 
 
 class Printer(logging.Handler):
@@ -371,7 +374,7 @@ def quiet(log_level: str) -> None:
     if not logger.handlers:
         logger.addHandler(Printer())
         logger.propagate = False
-    logger.setLevel(logging.ERROR if os.environ.get("RANK", "0") != "0" else log_level.upper())
+    logger.setLevel(log_level.upper() if IS_FIRST_RANK else logging.ERROR)
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "info" if talks else "error")
     os.environ.setdefault("WANDB_SILENT", "false" if talks else "true")
@@ -403,7 +406,6 @@ class Sample(NamedTuple):
 
     path: Path
     prompt: str
-    repeat: int
     is_class: bool
 
 
@@ -455,15 +457,16 @@ def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
                         f"{', '.join(broken)}.")
 
 
-def make_samples(args: argparse.Namespace) -> list[Sample]:
-    """All rows of an epoch: the subject's pictures, each as often as it repeats, then the class pictures."""
+def instance_samples(args: argparse.Namespace) -> list[Sample]:
+    """The subject's pictures, each as often as it repeats."""
     pictures = list_pictures("--instance_data_dir", args.instance_data_dir)
-    repeats = range(args.repeats)
-    samples = [Sample(path, args.instance_prompt, repeat, False) for repeat in repeats for path in pictures]
-    if args.with_prior_preservation:
-        class_pictures = list_pictures("--class_data_dir", args.class_data_dir)
-        samples += [Sample(path, args.class_prompt, 0, True) for path in class_pictures]
-    return samples
+    return [Sample(path, args.instance_prompt, is_class=False) for path in pictures] * args.repeats
+
+
+def class_samples(args: argparse.Namespace) -> list[Sample]:
+    """The class pictures, if prior preservation wants any."""
+    pictures = list_pictures("--class_data_dir", args.class_data_dir) if args.with_prior_preservation else []
+    return [Sample(path, args.class_prompt, is_class=True) for path in pictures]
 
 
 def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
@@ -657,7 +660,7 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     if source.is_pipeline:
         keywords["subfolder"] = part
     if dtype is not None:
-        dtype_keyword = "dtype" if part in TEXT_ENCODERS else "torch_dtype"  # transformers' name for it, and diffusers'
+        dtype_keyword = "dtype" if part in TEXT_ENCODERS else "torch_dtype"  # transformers', and diffusers'
         keywords |= {"variant": source.variant, "use_safetensors": True, dtype_keyword: dtype}
     try:
         loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
@@ -826,7 +829,7 @@ def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: to
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A file or folder to write, which becomes `path` when the block ends well: nothing half-written bears its name."""
+    """A file or folder to write that becomes `path` when the block ends well: nothing half-written bears its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     remove(unfinished)  # of a run that was killed
@@ -897,7 +900,10 @@ def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
 
 def make_class_images(run: Run) -> None:
     """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
-    args, accelerator, folder = run.args, run.accelerator, Path(run.args.class_data_dir)
+    args, accelerator = run.args, run.accelerator
+    if not args.with_prior_preservation:
+        return
+    folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     missing = missing_class_images(folder, args.num_class_images)
     accelerator.wait_for_everyone()  # every rank has looked before any draws
@@ -1047,8 +1053,8 @@ def make_objective(scheduler: Any, snr_gamma: float | None = None, device: torch
     """
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(f"--pretrained_model_name_or_path predicts '{kind}' with {type(scheduler).__name__}; only epsilon "
-                        "and v_prediction can be trained.")
+        raise UserError(f"--pretrained_model_name_or_path predicts '{kind}' with {type(scheduler).__name__}; only "
+                        "epsilon and v_prediction can be trained.")
     alphas = scheduler.alphas_cumprod.double()
     a, b, snr = alphas.sqrt(), (1 - alphas).sqrt(), alphas / (1 - alphas)
     zeros, ones = torch.zeros_like(a), torch.ones_like(a)
@@ -1342,6 +1348,14 @@ def micro_batches(step: int, accumulation: int, accelerator: Accelerator) -> ran
     return range(step * accumulation * world + accelerator.process_index, (step + 1) * accumulation * world, world)
 
 
+def backward(accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """Add the gradients of one micro-batch, and return its loss without waiting for it."""
+    with accelerator.accumulate(model):
+        loss = diffusion_loss(model, objective, batch)
+        accelerator.backward(loss)
+    return loss.detach()
+
+
 class Outcome(NamedTuple):
     """What a run came to."""
 
@@ -1371,11 +1385,8 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     with StopSignals() as stop, progress.bar:
         while step < last and not stop.agreed(accelerator):
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
-                torch.manual_seed(position_seed(run.seed, "noise", n))
-                with accelerator.accumulate(prepared):
-                    loss = diffusion_loss(prepared, objective, batch_at(n))
-                    accelerator.backward(loss)
-                progress.losses.append(loss.detach())
+                torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
+                progress.losses.append(backward(accelerator, prepared, objective, batch_at(n)))
             grad_norm = accelerator.clip_grad_norm_(adapters, args.max_grad_norm)
             optimizer.step()
             lr_scheduler.step()
@@ -1412,7 +1423,8 @@ def lora_tensors(model: TrainableSDXL) -> dict[str, Tensor]:
 
 def lora_metadata(model: TrainableSDXL) -> dict[str, str]:
     """The header entry from which diffusers restores rank and alpha; the fields that old and new peft share."""
-    fields = "r lora_alpha target_modules rank_pattern alpha_pattern use_dora use_rslora lora_bias".split()
+    fields = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora",
+              "lora_bias")
     configs = {component: part.peft_config["default"].to_dict() for component, part in model.components().items()}
     settings = {f"{component}.{field}": config[field] for component, config in configs.items() for field in fields}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
@@ -1517,7 +1529,8 @@ def write_card(run: Run, repo: str, step: int, pictures: int) -> list[Path]:
     command = command_of(args, run.seed)
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=pictures, rank=args.rank,
-        repo=repo, trigger=args.instance_prompt.replace("`", "'"), prompt=args.validation_prompt or args.instance_prompt,
+        repo=repo, trigger=args.instance_prompt.replace("`", "'"),
+        prompt=args.validation_prompt or args.instance_prompt,
         parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
         vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=torch.float16)\n" if vae else "",
         vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's own", command=command,
@@ -1569,12 +1582,12 @@ def start(args: argparse.Namespace) -> Run:
             log_with=None if args.report_to == "none" else args.report_to, project_config=project,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
     except ValueError as error:
-        raise UserError(f"--mixed_precision {args.mixed_precision} does not work here ({first_line(error)}); use bf16 or "
-                        "no.") from error
+        raise UserError(f"--mixed_precision {args.mixed_precision} does not work here ({first_line(error)}); use bf16 "
+                        "or no.") from error
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(f"accelerate is configured for {kind}, which shards a model whose adapters are a few megabytes; "
-                        "run `accelerate config` for plain multi-GPU instead.")
+        raise UserError(f"accelerate is configured for {kind}, but shards of a few megabytes of adapters "
+                        "help nobody: choose plain multi-GPU in `accelerate config`.")
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
     if args.allow_tf32:
@@ -1600,14 +1613,15 @@ def say(rows: Iterable[tuple[str, str]]) -> None:
     logger.info("\n".join(f"{name:10}{text}" for name, text in rows if text))
 
 
-def say_plan(run: Run, schedule: Schedule, samples: Sequence[Sample]) -> None:
+def say_plan(run: Run, schedule: Schedule, pictures: int) -> None:
     """Tell what is about to happen: what, how many, how long, where it goes."""
-    args, classes = run.args, sum(sample.is_class for sample in samples)
+    args = run.args
     precision = run.accelerator.mixed_precision.replace("no", "fp32")
     passes = schedule.total_steps / schedule.steps_per_epoch
+    of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
     say([
-        ("Subject", f'{len(samples) - classes} pictures in {args.instance_data_dir}: "{args.instance_prompt}"'),
-        ("Class", f'{classes} pictures in {args.class_data_dir}: "{args.class_prompt}"' if classes else ""),
+        ("Subject", f'{pictures} pictures in {args.instance_data_dir}: "{args.instance_prompt}"'),
+        ("Class", of_class if args.with_prior_preservation else ""),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision} on {run.device}"),
         ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
         ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
@@ -1622,22 +1636,21 @@ def main(args: argparse.Namespace) -> None:
     run = start(args)
     objective = make_objective(run.scheduler, args.snr_gamma, run.device)
     repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
-    if args.with_prior_preservation:
-        make_class_images(run)
-    samples = make_samples(args)
-    instance_rows = [row for row, sample in enumerate(samples) if not sample.is_class]
-    schedule = plan_steps(args, len(instance_rows), run.accelerator.num_processes)
-    say_plan(run, schedule, samples)
+    subject = instance_samples(args)
+    pictures = len({sample.path for sample in subject})
+    schedule = plan_steps(args, len(subject), run.accelerator.num_processes)
+    say_plan(run, schedule, pictures)
+    make_class_images(run)
+    samples = subject + class_samples(args)
     prompts = [*(sample.prompt for sample in samples), args.validation_prompt]
     table = build_text(run, prompts, args.train_text_encoder, run.dtype)
     cache = build_cache(run, samples, table)
-    order = Order(instance_rows, range(len(instance_rows), len(samples)), args.train_batch_size, run.seed)
+    order = Order(range(len(subject)), range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
     open_output(run)
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
                     make_validator(run, model, table), schedule)
     if run.accelerator.is_main_process:
-        pictures = len({samples[row].path for row in instance_rows})
         finish(run, model, outcome, repo, pictures, (time.perf_counter() - started) / 60)
     run.accelerator.end_training()
     if outcome.stopped_by:

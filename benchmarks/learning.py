@@ -24,8 +24,18 @@ from scene import PLACES, SUBJECTS, sheet
 
 import train_dreambooth_lora_sdxl as trainer
 
-FLAGS = {"resolution": 64, "rank": 8, "learning_rate": 1e-3, "max_train_steps": 400, "train_batch_size": 5, "seed": 0,
-         "lr_scheduler": "cosine", "lr_warmup_steps": 20, "report_to": "none", "checkpointing_steps": 10_000}
+FLAGS = {
+    "resolution": 64,
+    "rank": 8,
+    "learning_rate": 1e-3,
+    "max_train_steps": 400,
+    "train_batch_size": 5,
+    "seed": 0,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "report_to": "none",
+    "checkpointing_steps": 10_000,
+}
 PRIOR = {"with_prior_preservation": True, "num_class_images": 60, "sample_batch_size": 10}
 METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-4}}
 
@@ -33,8 +43,14 @@ METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": T
 def train(subject: str, method: str, out: Path) -> Path:
     """Train one method on one subject; returns the folder with the LoRA."""
     class_name, folder = SUBJECTS[subject], out / f"{subject}-{method.replace(' ', '-')}"
-    flags = {"pretrained_model_name_or_path": TOY / "model", "instance_data_dir": TOY / "subjects" / subject,
-             "instance_prompt": f"a photo of a sks {class_name}", "output_dir": folder, **FLAGS, **METHODS[method]}
+    flags = {
+        "pretrained_model_name_or_path": TOY / "model",
+        "instance_data_dir": TOY / "subjects" / subject,
+        "instance_prompt": f"a photo of a sks {class_name}",
+        "output_dir": folder,
+        **FLAGS,
+        **METHODS[method],
+    }
     if "with_prior_preservation" in flags:
         flags |= {"class_prompt": f"a photo of a {class_name}", "class_data_dir": out / f"{class_name}-pictures"}
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
@@ -46,8 +62,8 @@ def draw(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> list[Image.
     """One picture a prompt, seeded by its number, as a user draws."""
     images = []
     for first in range(0, len(prompts), 10):
-        generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts[first:first + 10]))]
-        images += pipeline(prompts[first:first + 10], num_inference_steps=25, generator=generators).images
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts[first : first + 10]))]
+        images += pipeline(prompts[first : first + 10], num_inference_steps=25, generator=generators).images
     return images
 
 
@@ -87,7 +103,9 @@ def main() -> None:
             rows.append((f"{subject}, {method}", shares))
             pictures += images
             print(rows[-1], flush=True)
-    sheet([picture.resize((128, 128), Image.Resampling.LANCZOS) for picture in pictures], len(PLACES)).save(args.out / "sheet.png")
+    sheet([picture.resize((128, 128), Image.Resampling.LANCZOS) for picture in pictures], len(PLACES)).save(
+        args.out / "sheet.png"
+    )
     names = list(rows[0][1])
     print("\n" + " | ".join(["run".ljust(24), *names]))
     for label, shares in rows:

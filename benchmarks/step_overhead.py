@@ -42,15 +42,32 @@ def widened(folder: Path, channels: tuple[int, int, int]) -> Path:
 
 def time_steps(base: Path, out: Path, pairs: int) -> list[tuple[float, float]]:
     """Seconds of (loop, bare) steps: the loop's are read off train() itself, the bare ones run between them."""
-    args = trainer.parse_args([
-        f"--pretrained_model_name_or_path={base}", f"--instance_data_dir={TOY / 'subjects' / 'sks_dog'}", "--report_to=none",
-        "--instance_prompt=a photo of a sks dog", f"--output_dir={out}", "--resolution=64", "--train_batch_size=4", "--seed=0",
-        f"--max_train_steps={pairs + 2}", "--log_level=warning", "--checkpointing_steps=100000"])
+    args = trainer.parse_args(
+        [
+            f"--pretrained_model_name_or_path={base}",
+            f"--instance_data_dir={TOY / 'subjects' / 'sks_dog'}",
+            "--report_to=none",
+            "--instance_prompt=a photo of a sks dog",
+            f"--output_dir={out}",
+            "--resolution=64",
+            "--train_batch_size=4",
+            "--seed=0",
+            f"--max_train_steps={pairs + 2}",
+            "--log_level=warning",
+            "--checkpointing_steps=100000",
+        ]
+    )
     stamps: dict[str, list[float]] = {"loop": [], "bare": []}
     original = trainer.train
 
-    def paired(run: trainer.Run, model: trainer.TrainableSDXL, batch_at: Callable, objective: trainer.Objective,
-               validate: Callable, schedule: trainer.Schedule) -> trainer.Outcome:
+    def paired(
+        run: trainer.Run,
+        model: trainer.TrainableSDXL,
+        batch_at: Callable,
+        objective: trainer.Objective,
+        validate: Callable,
+        schedule: trainer.Schedule,
+    ) -> trainer.Outcome:
         bare = make_bare_step(model, batch_at(0))
         optimizer_step = [time.perf_counter()]
 
@@ -98,11 +115,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wide = Path(folder, "wide")
         wide.mkdir()
-        for name, base, count in (("toy", TOY / "model", pairs), ("wide", widened(wide, (256, 512, 512)), max(10, pairs // 3))):
+        for name, base, count in (
+            ("toy", TOY / "model", pairs),
+            ("wide", widened(wide, (256, 512, 512)), max(10, pairs // 3)),
+        ):
             times = time_steps(base, Path(folder, name), count)
             overhead = statistics.median(loop / bare - 1 for loop, bare in times)
             bare = statistics.median(bare for _, bare in times)
-            print(f"{name}: bare step {1000 * bare:.0f} ms, the loop's {100 * overhead:+.1f} % (median of {len(times)} pairs)", flush=True)
+            print(
+                f"{name}: bare step {1000 * bare:.0f} ms, the loop's {100 * overhead:+.1f} % ({len(times)} pairs)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,14 @@
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false",
-                  CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_XET="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",
+)
 
 import subprocess
 import sys
@@ -28,16 +34,42 @@ def build_tiny(folder: Path, **unet_config) -> Path:
     torch.manual_seed(0)
     tokenizers = [build.make_tokenizer("<|endoftext|>"), build.make_tokenizer("!")]
     encoders = [build.make_text_encoder(tokenizer, bool(i)) for i, tokenizer in enumerate(tokenizers)]
-    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16, force_upcast=False)
-    unet = UNet2DConditionModel(**{
-        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "transformer_layers_per_block": [1, 1],
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": [2, 4], "norm_num_groups": 4,
-        "cross_attention_dim": 2 * build.WIDTH, "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 48 + build.WIDTH, **unet_config})
-    pipeline = StableDiffusionXLPipeline(vae, *encoders, *tokenizers, unet, build.make_scheduler(),
-                                         force_zeros_for_empty_prompt=True, add_watermarker=False)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+        force_upcast=False,
+    )
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": [1, 1],
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": [2, 4],
+            "norm_num_groups": 4,
+            "cross_attention_dim": 2 * build.WIDTH,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 48 + build.WIDTH,
+            **unet_config,
+        }
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae,
+        *encoders,
+        *tokenizers,
+        unet,
+        build.make_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
     pipeline.save_pretrained(folder)
     return folder
 
@@ -53,8 +85,14 @@ def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for index in range(5):
         picture = Image.linear_gradient("L").resize((24 + 4 * index, 32))
-        Image.merge("RGB", [picture, picture.rotate(90 * index, expand=True).resize(picture.size),
-                            Image.new("L", picture.size, 50 * index)]).save(folder / f"{index}.png")
+        Image.merge(
+            "RGB",
+            [
+                picture,
+                picture.rotate(90 * index, expand=True).resize(picture.size),
+                Image.new("L", picture.size, 50 * index),
+            ],
+        ).save(folder / f"{index}.png")
     return folder
 
 
@@ -64,9 +102,18 @@ class Trainer:
     def __init__(self, tiny: Path, pictures: Path, folder: Path) -> None:
         self.folder = folder
         self.flags = {
-            "pretrained_model_name_or_path": tiny, "instance_data_dir": pictures, "instance_prompt": "a photo of sks dog",
-            "resolution": 16, "output_dir": folder / "out", "max_train_steps": 2, "train_batch_size": 2, "seed": 1,
-            "report_to": "none", "learning_rate": 1e-2, "log_level": "warning"}
+            "pretrained_model_name_or_path": tiny,
+            "instance_data_dir": pictures,
+            "instance_prompt": "a photo of sks dog",
+            "resolution": 16,
+            "output_dir": folder / "out",
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "seed": 1,
+            "report_to": "none",
+            "learning_rate": 1e-2,
+            "log_level": "warning",
+        }
 
     def words(self, **flags) -> list[str]:
         """Flags as a command line; a boolean is a switch, None leaves a flag out."""
@@ -90,8 +137,9 @@ class Trainer:
     def shell(self, *launcher: str, env=None, **flags) -> subprocess.CompletedProcess:
         """Run as a user does, in a process of its own."""
         command = [*(launcher or (sys.executable,)), str(SCRIPT), *self.words(**flags)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env={**os.environ, **(env or {})},
-                              timeout=300)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=self.folder, env={**os.environ, **(env or {})}, timeout=300
+        )
 
 
 @pytest.fixture

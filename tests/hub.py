@@ -25,7 +25,7 @@ class Hub:
             def do_GET(self) -> None:
                 hub.answer(self)
 
-            do_HEAD = do_POST = do_PUT = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 (the names that http.server looks for)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
@@ -37,7 +37,12 @@ class Hub:
         self.requests.append((request.command, path))
         status = next((code for part, code in self.refuse.items() if part in path), None)
         public = path.startswith("/storage/") or path == "/api/validate-yaml"
-        if status is None and not public and request.command == "POST" and request.headers.get("Authorization") != f"Bearer {self.token}":
+        if (
+            status is None
+            and not public
+            and request.command == "POST"
+            and request.headers.get("Authorization") != f"Bearer {self.token}"
+        ):
             status = 401
         if status:
             return self.send(request, status, {"error": f"status {status}"})
@@ -70,7 +75,9 @@ class Hub:
             return self.send(request, 200, {})
         if path.endswith("/info/lfs/objects/batch"):
             wanted = json.loads(body)["objects"]
-            answers = [{**item, "actions": {"upload": {"href": f"{self.endpoint}/storage/{item['oid']}"}}} for item in wanted]
+            answers = [
+                {**item, "actions": {"upload": {"href": f"{self.endpoint}/storage/{item['oid']}"}}} for item in wanted
+            ]
             return self.send(request, 200, {"objects": answers})
         if parts[:2] == ["api", "models"]:
             return self.model_api(request, "/".join(parts[2:4]), parts[4:], body)
@@ -82,8 +89,14 @@ class Hub:
         if repo not in self.files:
             return self.send(request, 404, {"error": "no such repository"}, X_Error_Code="RepoNotFound")
         if rest[:1] == ["preupload"]:
-            modes = [{"path": file["path"], "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
-                      "shouldIgnore": False} for file in json.loads(body)["files"]]
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
             return self.send(request, 200, {"files": modes})
         if rest[:1] == ["commit"]:
             for line in body.decode().splitlines():
@@ -92,9 +105,13 @@ class Hub:
                     self.files[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
                 elif entry["key"] == "lfsFile":
                     self.files[repo][entry["value"]["path"]] = self.objects[entry["value"]["oid"]]
-            return self.send(request, 200, {"commitOid": "1" * 40, "commitUrl": f"{self.endpoint}/{repo}/commit/{'1' * 40}"})
+            return self.send(
+                request, 200, {"commitOid": "1" * 40, "commitUrl": f"{self.endpoint}/{repo}/commit/{'1' * 40}"}
+            )
         siblings = [{"rfilename": name} for name in self.files[repo]]
-        return self.send(request, 200, {"id": repo, "sha": "1" * 40, "siblings": siblings, "private": bool(self.private[repo])})
+        return self.send(
+            request, 200, {"id": repo, "sha": "1" * 40, "siblings": siblings, "private": bool(self.private[repo])}
+        )
 
     def download(self, request, repo: str, name: str) -> None:
         content = self.files.get(repo, {}).get(name)

@@ -8,22 +8,76 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SCRIPT
+
 from train_dreambooth_lora_sdxl import UserError, make_parser, public_settings
 
-KEPT_FLAGS = """pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir instance_data_dir
-    repeats instance_prompt class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images
-    sample_batch_size prior_generation_precision validation_prompt num_validation_images validation_epochs output_dir seed
-    resolution center_crop random_flip image_interpolation_mode train_text_encoder train_batch_size
-    gradient_accumulation_steps num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
-    resume_from_checkpoint gradient_checkpointing learning_rate text_encoder_lr scale_lr lr_scheduler lr_warmup_steps
-    lr_num_cycles lr_power dataloader_num_workers use_8bit_adam adam_beta1 adam_beta2 adam_epsilon adam_weight_decay
-    adam_weight_decay_text_encoder max_grad_norm push_to_hub hub_model_id hub_token logging_dir report_to allow_tf32
-    mixed_precision local_rank enable_xformers_memory_efficient_attention rank lora_dropout snr_gamma""".split()
+KEPT_FLAGS = {
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "revision",
+    "variant",
+    "cache_dir",
+    "instance_data_dir",
+    "repeats",
+    "instance_prompt",
+    "class_data_dir",
+    "class_prompt",
+    "with_prior_preservation",
+    "prior_loss_weight",
+    "num_class_images",
+    "sample_batch_size",
+    "prior_generation_precision",
+    "validation_prompt",
+    "num_validation_images",
+    "validation_epochs",
+    "output_dir",
+    "seed",
+    "resolution",
+    "center_crop",
+    "random_flip",
+    "image_interpolation_mode",
+    "train_text_encoder",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "gradient_checkpointing",
+    "learning_rate",
+    "text_encoder_lr",
+    "scale_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
+    "dataloader_num_workers",
+    "use_8bit_adam",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "adam_weight_decay",
+    "adam_weight_decay_text_encoder",
+    "max_grad_norm",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "logging_dir",
+    "report_to",
+    "allow_tf32",
+    "mixed_precision",
+    "local_rank",
+    "enable_xformers_memory_efficient_attention",
+    "rank",
+    "lora_dropout",
+    "snr_gamma",
+}
 
 
 def test_the_flags_of_old_commands_are_there():
     known = {action.dest for action in make_parser()._actions}
-    assert set(KEPT_FLAGS) <= known
+    assert known >= KEPT_FLAGS
 
 
 def mistake(train, **flags) -> str:
@@ -36,35 +90,53 @@ def mistake(train, **flags) -> str:
     return str(refusal.value)
 
 
-@pytest.mark.parametrize("flags, told", [
-    ({"instance_data_dir": "/no/such"}, "--instance_data_dir /no/such: no such folder"),
-    ({"resolution": 20}, "--resolution 20 is not a multiple of 8; 16 is"),
-    ({"rank": 0}, "--rank"), ({"rank": "four"}, "--rank"), ({"learning_rate": "nan"}, "--learning_rate"),
-    ({"adam_beta1": 1}, "--adam_beta1"), ({"lora_dropout": -1}, "--lora_dropout"), ({"seed": -1}, "--seed"),
-    ({"with_prior_preservation": True}, "--class_data_dir"),
-    ({"with_prior_preservation": True, "class_data_dir": "x"}, "--class_prompt"),
-    ({"pretrained_model_name_or_path": "./no/such/model"}, "no such folder"),
-    ({"pretrained_model_name_or_path": str(SCRIPT)}, "is a file"),
-    ({"resume_from_checkpoint": "checkpoint-7"}, "names no checkpoint"),
-    ({"output_dir": "/proc/none"}, "--output_dir /proc/none cannot be written"),
-    ({"output_dir": str(SCRIPT)}, "cannot be written"),
-    ({"report_to": "papyrus"}, "--report_to"), ({"lr_scheduler": "magic"}, "--lr_scheduler"),
-    ({"learning_rat": 1}, "did you mean --learning_rate?"), ({"config": "/no/such.yaml"}, "--config /no/such.yaml"),
-    ({"push_to_hub": True}, "hf auth login"),
-    ({"enable_xformers_memory_efficient_attention": True}, "PyTorch's own attention is already memory-efficient"),
-])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ({"instance_data_dir": "/no/such"}, "--instance_data_dir /no/such: no such folder"),
+        ({"resolution": 20}, "--resolution 20 is not a multiple of 8; 24 is"),
+        ({"rank": 0}, "--rank"),
+        ({"rank": "four"}, "--rank"),
+        ({"learning_rate": "nan"}, "--learning_rate"),
+        ({"adam_beta1": 1}, "--adam_beta1"),
+        ({"lora_dropout": -1}, "--lora_dropout"),
+        ({"seed": -1}, "--seed"),
+        ({"with_prior_preservation": True}, "--class_data_dir"),
+        ({"with_prior_preservation": True, "class_data_dir": "x"}, "--class_prompt"),
+        ({"pretrained_model_name_or_path": "./no/such/model"}, "no such folder"),
+        ({"pretrained_model_name_or_path": str(SCRIPT)}, "is a file"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "names no checkpoint"),
+        ({"output_dir": "/proc/none"}, "--output_dir /proc/none cannot be written"),
+        ({"output_dir": str(SCRIPT)}, "cannot be written"),
+        ({"report_to": "papyrus"}, "--report_to"),
+        ({"lr_scheduler": "magic"}, "--lr_scheduler"),
+        ({"learning_rat": 1}, "did you mean --learning_rate?"),
+        ({"config": "/no/such.yaml"}, "--config /no/such.yaml"),
+        ({"push_to_hub": True}, "hf auth login"),
+        ({"enable_xformers_memory_efficient_attention": True}, "PyTorch's own attention is already memory-efficient"),
+    ],
+)
 def test_a_mistake_is_one_sentence(train, flags, told, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")
     assert told in mistake(train, **flags)
 
 
-@pytest.mark.parametrize("package, flags", [("bitsandbytes", {"use_8bit_adam": True}), ("wandb", {"report_to": "wandb"}),
-                                            ("tensorboard", {"report_to": "tensorboard"})])
+@pytest.mark.parametrize(
+    "package, flags",
+    [
+        ("bitsandbytes", {"use_8bit_adam": True}),
+        ("wandb", {"report_to": "wandb"}),
+        ("tensorboard", {"report_to": "tensorboard"}),
+    ],
+)
 def test_an_optional_package_that_is_absent_is_named(train, package, flags, monkeypatch):
     import importlib.util
+
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest)
+    )
     assert f"pip install {package}" in mistake(train, **flags)
 
 
@@ -86,17 +158,27 @@ def write(path: Path, values) -> Path:
 
 
 def test_config_file_and_the_command_line_wins(train, tmp_path):
-    config = write(tmp_path / "c.yaml", {"rank": 7, "lora_alpha": 2.5, "random_flip": True, "train_batch_size": 3, "seed": None})
+    config = write(
+        tmp_path / "c.yaml", {"rank": 7, "lora_alpha": 2.5, "random_flip": True, "train_batch_size": 3, "seed": None}
+    )
     args = train.args(config=config)
     assert (args.rank, args.lora_alpha, args.random_flip) == (7, 2.5, True)
     assert args.train_batch_size == 2  # given on the command line too
     assert not train.args(config=config, random_flip=False).random_flip
 
 
-@pytest.mark.parametrize("values, told", [
-    ({"rnak": 3}, "did you mean --rank?"), ({"rank": "x"}, "--rank"), ({"random_flip": "yes"}, "random_flip takes true or false"),
-    ({"rank": True}, "rank takes one value"), ({"rank": [1]}, "rank takes one value"), ("just words", "lines of 'flag: value'"),
-    ("a: [", "cannot be read as YAML")])
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"rnak": 3}, "did you mean --rank?"),
+        ({"rank": "x"}, "--rank"),
+        ({"random_flip": "yes"}, "random_flip takes true or false"),
+        ({"rank": True}, "rank takes one value"),
+        ({"rank": [1]}, "rank takes one value"),
+        ("just words", "lines of 'flag: value'"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
 def test_a_mistake_in_the_config_file(train, tmp_path, values, told):
     assert told in mistake(train, config=write(tmp_path / "c.yaml", values))
 
@@ -106,6 +188,7 @@ def test_settings_lead_back_to_the_same_arguments_without_the_token(train, tmp_p
     config = write(tmp_path / "c.yaml", public_settings(args, 1))
     assert "hf_secret" not in config.read_text()
     from train_dreambooth_lora_sdxl import parse_args
+
     again = parse_args([f"--config={config}"])
     assert {**vars(again), "config": None, "hub_token": "hf_secret"} == vars(args)
 
@@ -113,10 +196,14 @@ def test_settings_lead_back_to_the_same_arguments_without_the_token(train, tmp_p
 def test_help_and_mistakes_answer_before_the_heavy_imports():
     for words, code in ((["--help"], 0), (["--rank", "x"], 2)):
         started = time.perf_counter()
-        told = subprocess.run([sys.executable, "-X", "importtime", str(SCRIPT), *words], capture_output=True, text=True)
+        told = subprocess.run(
+            [sys.executable, "-X", "importtime", str(SCRIPT), *words], capture_output=True, text=True
+        )
         assert told.returncode == code
         assert time.perf_counter() - started < 3  # 0.3 s on an idle machine
-        assert "torch" not in {line.split("|")[-1].strip().split(".")[0] for line in told.stderr.splitlines() if "|" in line}
+        assert "torch" not in {
+            line.split("|")[-1].strip().split(".")[0] for line in told.stderr.splitlines() if "|" in line
+        }
 
 
 def test_exit_code_and_output_of_a_mistake():

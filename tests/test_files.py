@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_dreambooth_lora_sdxl as trainer
 import yaml
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+import train_dreambooth_lora_sdxl as trainer
 
 
 def test_the_lora_file_restores_rank_and_alpha_by_itself(train, tiny):
@@ -45,7 +46,9 @@ def test_every_adapter_arrives_in_the_users_pipeline(train, tiny):
 
 def test_trap_17_a_file_that_does_not_read_back_is_not_reported(train, monkeypatch):
     real = trainer.save_file
-    monkeypatch.setattr(trainer, "save_file", lambda tensors, *rest: real({k: v + 1 for k, v in tensors.items()}, *rest))
+    monkeypatch.setattr(
+        trainer, "save_file", lambda tensors, *rest: real({k: v + 1 for k, v in tensors.items()}, *rest)
+    )
     with pytest.raises(trainer.TrainingError, match="did not read back"):
         train()
     assert not list(Path(train.flags["output_dir"]).rglob("*.safetensors"))
@@ -74,6 +77,7 @@ def test_the_card_is_valid_and_nothing_in_a_prompt_breaks_it(train, tmp_path):
 
 def test_the_license_of_the_base_is_the_cards(train, tiny, tmp_path):
     import shutil
+
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
@@ -92,27 +96,37 @@ def test_the_run_starts_again_from_its_settings(train, tmp_path):
 
 def test_trap_28_tensorboard_gets_scalars_and_pictures_with_their_step(train):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    output = train(report_to="tensorboard", max_train_steps=20, validation_prompt="a dog", validation_steps=10,
-                   num_validation_images=2, train_text_encoder=True)
+
+    output = train(
+        report_to="tensorboard",
+        max_train_steps=20,
+        validation_prompt="a dog",
+        validation_steps=10,
+        num_validation_images=2,
+        train_text_encoder=True,
+    )
     events = next(path for path in (output / "logs").rglob("events.*") if path.parent.name == "dreambooth-lora-sdxl")
     records = EventAccumulator(str(events))
     records.Reload()
     tags = records.Tags()
-    assert {"loss", "grad_norm", "lr/unet", "lr/text_encoder", "samples_per_second", "peak_memory_gb"} <= set(tags["scalars"])
+    assert {"loss", "grad_norm", "lr/unet", "lr/text_encoder", "samples_per_second", "peak_memory_gb"} <= set(
+        tags["scalars"]
+    )
     assert [event.step for event in records.Scalars("loss")] == [10, 20]
     assert sorted({event.step for tag in tags["images"] for event in records.Images(tag)}) == [0, 10, 20]
 
 
 def wandb_history(path: Path) -> list:
-    """What wandb's client stored: protobuf records in LevelDB's log format, blocks of 32 KiB after seven bytes of header."""
+    """What wandb's client stored: protobuf records in LevelDB's log format, 32 KiB blocks after a header of 7."""
     from wandb.proto import wandb_internal_pb2
+
     data, items, record, position = path.read_bytes(), [], b"", 7
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:  # no room for a header: the rest of the block is padding
             position += 32768 - position % 32768
             continue
-        length, kind = int.from_bytes(data[position + 4:position + 6], "little"), data[position + 6]
-        record += data[position + 7:position + 7 + length]
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
             parsed = wandb_internal_pb2.Record()
@@ -123,8 +137,14 @@ def wandb_history(path: Path) -> list:
 
 
 def test_trap_28_wandb_gets_them_too(train):
-    told = train.shell(report_to="wandb", max_train_steps=10, validation_prompt="a dog", num_validation_images=1,
-                       hub_token="hf_marked", env={"WANDB_MODE": "offline"})
+    told = train.shell(
+        report_to="wandb",
+        max_train_steps=10,
+        validation_prompt="a dog",
+        num_validation_images=1,
+        hub_token="hf_marked",
+        env={"WANDB_MODE": "offline"},
+    )
     assert told.returncode == 0, told.stderr
     output = Path(train.flags["output_dir"])
     logged = {}

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import train_dreambooth_lora_sdxl as trainer
 from conftest import ROOT
 from hub import Hub
+
+import train_dreambooth_lora_sdxl as trainer
 
 TOKEN = "hf_MARKEDTOKENnobodymayeverseethis"
 
@@ -20,9 +21,22 @@ def hub():
 
 def push(train, hub, env=None, **flags):
     """Train and push in a process of its own, against the local Hub."""
-    flags = {"push_to_hub": True, "report_to": "tensorboard", "validation_prompt": "a photo of sks dog",
-             "num_validation_images": 1, "log_level": "info", "checkpointing_steps": 1, **flags}
-    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(train.folder / "home"), **(env or {})}
+    flags = {
+        "push_to_hub": True,
+        "report_to": "tensorboard",
+        "validation_prompt": "a photo of sks dog",
+        "num_validation_images": 1,
+        "log_level": "info",
+        "checkpointing_steps": 1,
+        **flags,
+    }
+    env = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(train.folder / "home"),
+        **(env or {}),
+    }
     return train.shell(env=env, **flags)
 
 
@@ -45,9 +59,12 @@ def test_trap_35_only_lora_card_and_pictures_are_uploaded_and_the_token_is_nowhe
 def test_the_token_leaves_the_process_title(train, hub, tmp_path):
     """The script replaces itself by a process without the flag before anything else happens."""
     words = train.words(hub_token=TOKEN, rank="x")
-    probe = "import os, sys, runpy\nreal = os.execv\n" \
-            "def execv(path, words):\n    print(words, os.environ['HF_TOKEN'])\n    real(path, [path, '-c', 'print(1)'])\n" \
-            f"os.execv = execv\nsys.argv = ['x.py', *{words!r}]\nrunpy.run_path({str(trainer.__file__)!r}, run_name='__main__')"
+    probe = (
+        "import os, sys, runpy\nreal = os.execv\n"
+        "def execv(path, words):\n    print(words, os.environ['HF_TOKEN'])\n    real(path, [path, '-c', 'print(1)'])\n"
+        f"os.execv = execv\nsys.argv = ['x.py', *{words!r}]\n"
+        f"runpy.run_path({str(trainer.__file__)!r}, run_name='__main__')"
+    )
     told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     words, token = told.stdout.splitlines()[0].rsplit(" ", 1)
     assert token == TOKEN and "hub_token" not in words and TOKEN not in words
@@ -67,10 +84,18 @@ pipeline = StableDiffusionXLPipeline.from_pretrained({str(tiny)!r})
 pipeline.load_lora_weights("me/dog", weight_name="pytorch_lora_weights.safetensors")
 print(pipeline.get_active_adapters(), pipeline.unet.peft_config["default_0"].r)
 """
-    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "reader"), "HF_TOKEN": TOKEN}
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "reader"),
+        "HF_TOKEN": TOKEN,
+    }
     told = subprocess.run([sys.executable, "-c", reader], capture_output=True, text=True, env=env, cwd=ROOT)
     assert told.returncode == 0, told.stderr
-    assert "a photo of sks dog" in told.stdout and "template:sd-lora" in told.stdout and "['default_0'] 4" in told.stdout
+    assert (
+        "a photo of sks dog" in told.stdout and "template:sd-lora" in told.stdout and "['default_0'] 4" in told.stdout
+    )
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_dreambooth_lora_sdxl as trainer
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+
+import train_dreambooth_lora_sdxl as trainer
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 ALONE = (*LAUNCH, "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
@@ -23,36 +24,66 @@ def test_accelerate_launch(train):
 def test_trap_5_accelerates_own_configuration_is_respected(train, tmp_path):
     """The file that write_basic_config() writes, with bf16 in it."""
     from accelerate.utils import write_basic_config
+
     config = tmp_path / "default_config.yaml"
     write_basic_config(mixed_precision="bf16", save_location=str(config))
     assert yaml.safe_load(config.read_text())["mixed_precision"] == "bf16"
     told = train.shell(*LAUNCH, "--config_file", str(config), log_level="info")
     assert told.returncode == 0, told.stderr
     assert "in bf16 on cpu" in told.stdout
-    assert {t.dtype for t in load_file(Path(train.flags["output_dir"]) / trainer.LORA_FILE).values()} == {torch.float32}
+    assert {t.dtype for t in load_file(Path(train.flags["output_dir"]) / trainer.LORA_FILE).values()} == {
+        torch.float32
+    }
 
 
 @pytest.fixture(scope="module")
 def free_port():
     import socket
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def test_traps_7_31_34_two_processes_equal_one_with_twice_the_accumulation(train, tmp_path, free_port):
-    flags = {"max_train_steps": 4, "checkpointing_steps": 2, "with_prior_preservation": True, "class_prompt": "a photo of a dog",
-             "num_class_images": 3, "validation_prompt": "a dog", "num_validation_images": 3, "train_text_encoder": True,
-             "random_flip": True, "learning_rate": 1e-3}
-    alone = train(**flags, output_dir=tmp_path / "alone", class_data_dir=tmp_path / "c1", gradient_accumulation_steps=4)
-    two = (*LAUNCH, "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--cpu",
-           f"--main_process_port={free_port}")
-    told = train.shell(*two, **flags, output_dir=tmp_path / "two", class_data_dir=tmp_path / "c2", gradient_accumulation_steps=2,
-                       log_level="info")
+    flags = {
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "with_prior_preservation": True,
+        "class_prompt": "a photo of a dog",
+        "num_class_images": 3,
+        "validation_prompt": "a dog",
+        "num_validation_images": 3,
+        "train_text_encoder": True,
+        "random_flip": True,
+        "learning_rate": 1e-3,
+    }
+    alone = train(
+        **flags, output_dir=tmp_path / "alone", class_data_dir=tmp_path / "c1", gradient_accumulation_steps=4
+    )
+    two = (
+        *LAUNCH,
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--cpu",
+        f"--main_process_port={free_port}",
+    )
+    told = train.shell(
+        *two,
+        **flags,
+        output_dir=tmp_path / "two",
+        class_data_dir=tmp_path / "c2",
+        gradient_accumulation_steps=2,
+        log_level="info",
+    )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("Subject") == 1 and "which is 6 passes" in told.stdout
     for index in range(3):
-        first, second = (Image.open(tmp_path / folder / f"generated-{index:05d}.png").tobytes() for folder in ("c1", "c2"))
+        first, second = (
+            Image.open(tmp_path / folder / f"generated-{index:05d}.png").tobytes() for folder in ("c1", "c2")
+        )
         assert max(abs(x - y) for x, y in zip(first, second, strict=True)) <= 2
     first, second = (load_file(folder / trainer.LORA_FILE) for folder in (alone, tmp_path / "two"))
     worst = max((first[name] - second[name]).abs().max().item() for name in first)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+
 from train_dreambooth_lora_sdxl import (
     PART_CLASSES,
     Source,
@@ -70,8 +71,10 @@ def test_trap_5_precision_comes_from_accelerate_when_the_flag_is_absent(run, mon
 
 def test_trap_11_no_adapter_on_a_layer_that_sdxl_never_reads(run):
     model = load_trainable(run(train_text_encoder=True))
-    first, second = (set(name.split("layers.")[1][0] for name, p in encoder.named_parameters() if p.requires_grad)
-                     for encoder in model.text_encoders)
+    first, second = (
+        {name.split("layers.")[1][0] for name, p in encoder.named_parameters() if p.requires_grad}
+        for encoder in model.text_encoders
+    )
     assert first == {"0", "1"} and second == {"0", "1", "2"}
 
 
@@ -87,11 +90,19 @@ def test_full_size_counts(run):
     """560 attention modules, 5.8 M parameters at rank 4: the figures of the real SDXL, on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
-            block_out_channels=[320, 640, 1280], layers_per_block=2, transformer_layers_per_block=[1, 2, 10],
+            block_out_channels=[320, 640, 1280],
+            layers_per_block=2,
+            transformer_layers_per_block=[1, 2, 10],
             down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], attention_head_dim=[5, 10, 20],
-            cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, sample_size=128)
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            sample_size=128,
+        )
         unet.requires_grad_(False)
         unet.add_adapter(lora_config(run().args, ["to_k", "to_q", "to_v", "to_out.0"]))
         text = PART_CLASSES["text_encoder"].config_class(num_hidden_layers=12)
@@ -99,6 +110,7 @@ def test_full_size_counts(run):
     trained = [p for p in unet.parameters() if p.requires_grad]
     assert len(trained) == 2 * 560 and round(sum(p.numel() for p in trained) / 1e6, 1) == 5.8
     import re
+
     targets = re.compile(text_encoder_targets(encoder))
     hit = [name for name, _ in encoder.named_modules() if targets.fullmatch(name)]
     assert len(hit) == 11 * 4 and not any("layers.11." in name for name in hit)
@@ -166,12 +178,15 @@ def test_a_part_that_cannot_be_loaded_is_named(tmp_path):
 
 
 def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
-    from train_dreambooth_lora_sdxl import build_cache, make_samples
+    from train_dreambooth_lora_sdxl import build_cache, class_samples, instance_samples
+
     classes = tmp_path / "classes"
     classes.mkdir()
     Image.new("RGB", (40, 20)).save(classes / "0.png")
-    started = start(train.args(with_prior_preservation=True, class_data_dir=classes, class_prompt="a dog", center_crop=True))
-    samples = make_samples(started.args)
+    started = start(
+        train.args(with_prior_preservation=True, class_data_dir=classes, class_prompt="a dog", center_crop=True)
+    )
+    samples = instance_samples(started.args) + class_samples(started.args)
     cache = build_cache(started, samples, build_text(started, ["a photo of sks dog", "a dog"], False, torch.float32))
     ids = [cache.add_time_ids[views[0]].tolist() for views in cache.views]
     assert ids[0] == [32, 24, (round(32 * 16 / 24) - 16) // 2, 0, 16, 16]
@@ -180,9 +195,10 @@ def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
 
 
 def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
-    from train_dreambooth_lora_sdxl import Order, build_cache, make_samples
+    from train_dreambooth_lora_sdxl import Order, build_cache, instance_samples
+
     started = start(train.args(random_flip=True, repeats=2))
-    samples = make_samples(started.args)
+    samples = instance_samples(started.args)
     table = build_text(started, ["a photo of sks dog"], False, torch.float32)
     cache = build_cache(started, samples, table)
     order = Order(range(len(samples)), (), 2, seed=0)
@@ -191,5 +207,7 @@ def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
         batch = cache.batch(table, order, n)
         for row, mean in zip(order.rows(n), batch.mean, strict=True):
             seen.setdefault(row, set()).add(mean.numpy().tobytes())
-    assert all(len(looks) >= (2 if row % 5 == 2 else 3) for row, looks in seen.items())  # number 2 is square: only flips
+    assert all(
+        len(looks) >= (2 if row % 5 == 2 else 3) for row, looks in seen.items()
+    )  # number 2 is square: only flips
     assert len(samples) == 10 and seen[0] != seen[5]  # a repeat has views of its own

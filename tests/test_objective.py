@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
+
 from train_dreambooth_lora_sdxl import Batch, UserError, diffusion_loss, make_objective
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -29,8 +30,12 @@ def test_trap_3_min_snr_weights():
         epsilon = make_objective(scheduler, 5.0).weight.double()
         expected = torch.minimum(snr, torch.tensor(5.0)) / snr.clamp(min=1e-30)
         torch.testing.assert_close(epsilon[snr > 0], expected[snr > 0], rtol=1e-5, atol=0)
-        velocity = make_objective(DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescale, **SDXL), 5.0)
-        torch.testing.assert_close(velocity.weight.double(), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1), rtol=1e-5, atol=1e-12)
+        velocity = make_objective(
+            DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescale, **SDXL), 5.0
+        )
+        torch.testing.assert_close(
+            velocity.weight.double(), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1), rtol=1e-5, atol=1e-12
+        )
         assert velocity.weight.isfinite().all() and epsilon.isfinite().all()
 
 
@@ -48,7 +53,7 @@ def batch(rows, instance_rows, weight):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_traps_1_2_prior_preservation_is_mean_plus_weighted_mean(gamma, kind, size):
-    """The usual formula, written out: mean over instance rows + w * mean over class rows, each row min-SNR weighted."""
+    """The usual formula, written out: mean over instance rows + w * mean over class rows, each min-SNR weighted."""
     objective = make_objective(DDPMScheduler(prediction_type=kind, **SDXL), gamma)
     rows = batch(2 * size, size, [1.0] * size + [0.7] * size)
     told = []

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+
 from train_dreambooth_lora_sdxl import Order, micro_batches, plan_epoch, plan_steps, position_seed, shuffled
 
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
+
 from train_dreambooth_lora_sdxl import UserError, check_pictures, choose_view, list_pictures, load_picture, resized
 
 
@@ -18,8 +19,12 @@ def test_trap_29_exif_rotation(tmp_path, orientation):
     upright = Image.new("RGB", (6, 4), "black")
     upright.putpixel((5, 0), (255, 255, 255))
     undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
@@ -60,7 +65,7 @@ def test_trap_29_other_files_are_passed_over(tmp_path):
 
 def test_trap_29_broken_pictures_are_all_named_at_once(tmp_path, train, pictures):
     good = (pictures / "0.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(good[:len(good) // 2])
+    (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])
     (tmp_path / "none.jpg").write_bytes(b"")
     (tmp_path / "text.webp").write_text("no picture")
     (tmp_path / "fine.png").write_bytes(good)

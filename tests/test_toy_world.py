@@ -36,7 +36,10 @@ def test_the_judge_knows_drawn_scenes(judge):
 def test_the_judge_knows_the_subjects_and_is_not_fooled_by_their_colour(judge):
     for subject, class_name in SUBJECTS.items():
         shown = [draw(Scene(class_name, "white", PLACES[i % 6], 10**9 + i, subject)) for i in range(60)]
-        alike = [draw(Scene(class_name, (132, 58, 192) if class_name == "dog" else (52, 52, 64), PLACES[i % 6], 10**9 + i)) for i in range(60)]
+        alike = [
+            draw(Scene(class_name, (132, 58, 192) if class_name == "dog" else (52, 52, 64), PLACES[i % 6], 10**9 + i))
+            for i in range(60)
+        ]
         assert sum(v.subjects[subject] > 0.5 for v in judge(shown)) >= 57
         assert sum(v.subjects[subject] > 0.5 for v in judge(alike)) <= 3
 
@@ -47,11 +50,13 @@ def test_the_model_draws_what_it_is_told(judge):
     told = [(CLASSES[i % 5], list(COLOURS)[i % 7], PLACES[i // 2 % 6]) for i in range(200)]
     images = []
     for first in range(0, 200, 20):
-        prompts = [f"a photo of a {colour} {name} {place}" for name, colour, place in told[first:first + 20]]
+        prompts = [f"a photo of a {colour} {name} {place}" for name, colour, place in told[first : first + 20]]
         images += pipeline(prompts, num_inference_steps=25, generator=torch.Generator().manual_seed(first)).images
     verdicts = judge(images)
-    right = [sum(getattr(v, question) == asked[i] for v, asked in zip(verdicts, told, strict=True)) / 200
-             for i, question in enumerate(("class_name", "colour", "place"))]
+    right = [
+        sum(getattr(v, question) == asked[i] for v, asked in zip(verdicts, told, strict=True)) / 200
+        for i, question in enumerate(("class_name", "colour", "place"))
+    ]
     assert right[0] >= 0.95 and right[1] >= 0.85 and right[2] >= 0.95, right
 
 
@@ -59,6 +64,7 @@ def test_the_model_is_small_and_the_trainer_knows_nothing_of_it():
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 24e6
     assert not list(MODEL.rglob("*.bin"))
     import re
+
     code = re.sub(r'^""".*?^"""', "", SCRIPT.read_text(), count=1, flags=re.S | re.M)
     assert not any(word in code for word in ("toy_world", "sks", "bucket"))
 

@@ -10,20 +10,38 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_dreambooth_lora_sdxl as trainer
 from conftest import ROOT, SCRIPT
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_dreambooth_lora_sdxl as trainer
+
 PAIRS = {
     "plain": {},
     "flips, accumulation, snr": {"random_flip": True, "gradient_accumulation_steps": 2, "snr_gamma": 5},
-    "text encoder, dropout, checkpointing": {"train_text_encoder": True, "lora_dropout": 0.3, "gradient_checkpointing": True},
-    "prior, 8-bit, cosine": {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 3,
-                             "use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "rank": 64},
-    "prior, text encoder, bf16": {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "mixed_precision": "bf16",
-                                  "num_class_images": 3, "train_text_encoder": True, "repeats": 2},
+    "text encoder, dropout, checkpointing": {
+        "train_text_encoder": True,
+        "lora_dropout": 0.3,
+        "gradient_checkpointing": True,
+    },
+    "prior, 8-bit, cosine": {
+        "with_prior_preservation": True,
+        "class_prompt": "a photo of a dog",
+        "num_class_images": 3,
+        "use_8bit_adam": True,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 1,
+        "rank": 64,
+    },
+    "prior, text encoder, bf16": {
+        "with_prior_preservation": True,
+        "class_prompt": "a photo of a dog",
+        "mixed_precision": "bf16",
+        "num_class_images": 3,
+        "train_text_encoder": True,
+        "repeats": 2,
+    },
 }
 
 
@@ -43,8 +61,15 @@ def test_trap_30_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, tm
         flags["class_data_dir"] = tmp_path / "classes"
     whole = train(**flags, output_dir=tmp_path / "whole", max_train_steps=5, checkpointing_steps=3)
     # another folder, a validation in between, a checkpoint from outside the output folder
-    resumed = train(**flags, output_dir=tmp_path / "resumed", max_train_steps=5, validation_prompt="a dog", num_validation_images=1,
-                    validation_steps=4, resume_from_checkpoint=f"{whole / 'checkpoint-3'}/")
+    resumed = train(
+        **flags,
+        output_dir=tmp_path / "resumed",
+        max_train_steps=5,
+        validation_prompt="a dog",
+        num_validation_images=1,
+        validation_steps=4,
+        resume_from_checkpoint=f"{whole / 'checkpoint-3'}/",
+    )
     assert_equal(adapters(whole), adapters(resumed))
     moved = adapters(whole)
     assert all(tensor.abs().max() > 0 for tensor in moved.values())  # every adapter learnt something
@@ -61,7 +86,7 @@ def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
     """One step of two micro-batches is the mean of their losses: the same rows and noise, split differently, agree."""
     started = trainer.start(train.args())
     model = trainer.load_trainable(started)
-    samples = trainer.make_samples(started.args)
+    samples = trainer.instance_samples(started.args)
     table = trainer.build_text(started, [samples[0].prompt], False, torch.float32)
     cache = trainer.build_cache(started, samples, table)
     objective, order = trainer.make_objective(started.scheduler), trainer.Order(range(5), (), 2, 1)
@@ -69,7 +94,9 @@ def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
         torch.manual_seed(trainer.position_seed(1, "noise", n))
         (trainer.diffusion_loss(model, objective, cache.batch(table, order, n)) / 4).backward()
     gradients = {name: parameter.grad for name, parameter in model.adapters().items()}
-    out = train(gradient_accumulation_steps=4, max_train_steps=1, learning_rate=1e-2, adam_weight_decay=0, max_grad_norm=1e9)
+    out = train(
+        gradient_accumulation_steps=4, max_train_steps=1, learning_rate=1e-2, adam_weight_decay=0, max_grad_norm=1e9
+    )
     moved = adapters(out)
     for name, gradient in gradients.items():
         before, after = model.adapters()[name].detach(), moved[name.replace(".default", "")]
@@ -81,7 +108,11 @@ def test_checkpoints_are_whole_pruned_and_leave_others_alone(train):
     output = Path(train.flags["output_dir"])
     (output / "checkpoint-best").mkdir(parents=True)
     train(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2)
-    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6", "checkpoint-best"]
+    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == [
+        "checkpoint-5",
+        "checkpoint-6",
+        "checkpoint-best",
+    ]
     assert {path.name for path in (output / "checkpoint-6").iterdir()} == {"state.pt", trainer.LORA_FILE}
     assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
 
@@ -120,31 +151,51 @@ def test_a_failed_write_keeps_the_checkpoint_before(train, monkeypatch):
 @pytest.mark.parametrize("encoders", [False, True])
 def test_trap_10_validation_draws_what_a_user_draws(train, tiny, precision, encoders):
     prompt = "a photo of sks dog on grass"
-    output = train(mixed_precision=precision, train_text_encoder=encoders, validation_prompt=prompt, num_validation_images=2,
-                   lora_dropout=0.5, max_train_steps=3, learning_rate=0.05, text_encoder_lr=0.05, lora_alpha=8)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    output = train(
+        mixed_precision=precision,
+        train_text_encoder=encoders,
+        validation_prompt=prompt,
+        num_validation_images=2,
+        lora_dropout=0.5,
+        max_train_steps=3,
+        learning_rate=0.05,
+        text_encoder_lr=0.05,
+        lora_alpha=8,
+    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tiny, torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     for step, loaded in ((0, False), (3, True)):
         if loaded:
             pipeline.load_lora_weights(output)
         for index in range(2):
-            drawn = pipeline(prompt, num_inference_steps=25, generator=torch.Generator().manual_seed(1 + index), height=16, width=16).images[0]
+            drawn = pipeline(
+                prompt, num_inference_steps=25, generator=torch.Generator().manual_seed(1 + index), height=16, width=16
+            ).images[0]
             ours = Image.open(output / "validation" / f"step-{step:06d}" / f"{index:02d}.png")
             assert ours.tobytes() == drawn.tobytes()
-    assert (output / "validation/step-000000/00.png").read_bytes() != (output / "validation/step-000003/00.png").read_bytes()
+    assert (output / "validation/step-000000/00.png").read_bytes() != (
+        output / "validation/step-000003/00.png"
+    ).read_bytes()
     assert Image.open(output / "progress.png").width > 2 * 192
 
 
 def test_validation_without_zeros_for_the_empty_prompt(train, tiny, tmp_path):
     import json
     import shutil
+
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
-    output = train(pretrained_model_name_or_path=base, validation_prompt="a dog", num_validation_images=1, max_train_steps=1)
+    output = train(
+        pretrained_model_name_or_path=base, validation_prompt="a dog", num_validation_images=1, max_train_steps=1
+    )
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)
-    drawn = pipeline("a dog", num_inference_steps=25, generator=torch.Generator().manual_seed(1), height=16, width=16).images[0]
+    drawn = pipeline(
+        "a dog", num_inference_steps=25, generator=torch.Generator().manual_seed(1), height=16, width=16
+    ).images[0]
     assert Image.open(output / "validation/step-000000/00.png").tobytes() == drawn.tobytes()
 
 
@@ -161,7 +212,12 @@ def test_trap_27_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_overwritt
 
 
 def test_class_pictures_are_seeded_by_number_and_a_stopped_drawing_goes_on(train, tmp_path):
-    flags = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 5, "sample_batch_size": 2}
+    flags = {
+        "with_prior_preservation": True,
+        "class_prompt": "a photo of a dog",
+        "num_class_images": 5,
+        "sample_batch_size": 2,
+    }
     train(**flags, class_data_dir=tmp_path / "a", max_train_steps=1)
     names = [f"generated-{i:05d}.png" for i in range(5)]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
@@ -180,10 +236,14 @@ def test_class_pictures_are_seeded_by_number_and_a_stopped_drawing_goes_on(train
 def test_trap_7_ranks_draw_different_class_pictures():
     paths = trainer.missing_class_images
     import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         missing = paths(Path(folder), 7)
         shares = [missing[rank::3] for rank in range(3)]
-        assert sorted(sum(shares, [])) == missing and len({trainer.position_seed(0, "class picture", i) for i, _ in missing}) == 7
+        assert (
+            sorted(sum(shares, [])) == missing
+            and len({trainer.position_seed(0, "class picture", i) for i, _ in missing}) == 7
+        )
 
 
 def test_scale_lr_leaves_the_arguments_alone(train):
@@ -202,8 +262,10 @@ def test_another_vae_is_used(train, tiny, tmp_path):
     with torch.no_grad():
         vae.quant_conv.weight.mul_(0.5)
     vae.save_pretrained(tmp_path / "vae")
-    plain, other = (train(output_dir=tmp_path / name, **flags) for name, flags in
-                    (("a", {}), ("b", {"pretrained_vae_model_name_or_path": tmp_path / "vae"})))
+    plain, other = (
+        train(output_dir=tmp_path / name, **flags)
+        for name, flags in (("a", {}), ("b", {"pretrained_vae_model_name_or_path": tmp_path / "vae"}))
+    )
     assert not all(torch.equal(x, y) for x, y in zip(adapters(plain).values(), adapters(other).values(), strict=True))
 
 
@@ -215,8 +277,13 @@ def test_dataloader_workers_change_nothing(train, tmp_path):
 def start_and_signal(train, signum: int, **flags) -> tuple[subprocess.Popen, str]:
     """Start a long run in a process of its own, signal it once it has made steps, and wait for its end."""
     output = Path(train.flags["output_dir"])
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *train.words(max_train_steps=100_000, checkpointing_steps=5, **flags)],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *train.words(max_train_steps=100_000, checkpointing_steps=5, **flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
     deadline = time.time() + 120
     while not list(output.glob("checkpoint-*")) and time.time() < deadline:
         time.sleep(0.2)
@@ -231,11 +298,13 @@ def test_trap_33_a_signal_saves_and_says_how_to_go_on(train, name):
     output = Path(train.flags["output_dir"])
     assert process.returncode == 128 + signum, told
     assert "Traceback" not in told and "--resume_from_checkpoint latest" in told
-    checkpoint, = trainer.list_checkpoints(output)
+    (checkpoint,) = trainer.list_checkpoints(output)
     assert_equal(adapters(output), load_file(checkpoint / trainer.LORA_FILE))
     command = next(line for line in told.splitlines() if "--resume_from_checkpoint" in line).split()
     step = int(checkpoint.name[11:])
-    again = subprocess.run([sys.executable, *command[2:], f"--max_train_steps={step + 2}"], capture_output=True, text=True, cwd=ROOT)
+    again = subprocess.run(
+        [sys.executable, *command[2:], f"--max_train_steps={step + 2}"], capture_output=True, text=True, cwd=ROOT
+    )
     assert again.returncode == 0, again.stderr
 
 
@@ -244,7 +313,9 @@ def test_exit_codes_of_a_process(train, tmp_path):
     broken.mkdir()
     (broken / "a.png").write_bytes(b"x")
     told = train.shell(instance_data_dir=broken)
-    assert told.returncode == 2 and told.stderr.startswith("error: --instance_data_dir") and told.stderr.count("\n") == 1
+    assert (
+        told.returncode == 2 and told.stderr.startswith("error: --instance_data_dir") and told.stderr.count("\n") == 1
+    )
     assert not Path(train.flags["output_dir"]).exists()
 
 
@@ -252,7 +323,17 @@ def test_output_of_a_run_is_plan_progress_summary(train):
     told = train.shell(log_level="info", validation_prompt="a dog", num_validation_images=1)
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["Subject", "Base", "LoRA", "Steps", "Output", "Done", "LoRA", "Pictures", "Card"]
+    assert [line.split()[0] for line in lines] == [
+        "Subject",
+        "Base",
+        "LoRA",
+        "Steps",
+        "Output",
+        "Done",
+        "LoRA",
+        "Pictures",
+        "Card",
+    ]
     assert "Training" in told.stderr and "warn" not in told.stderr.lower()
     assert all("Training" in line or not line for line in told.stderr.replace("\r", "\n").splitlines())
 
@@ -265,6 +346,12 @@ def function():
     trainer.main(trainer.parse_args({train.words()!r}))
 accelerate.notebook_launcher(function, num_processes=1)
 """
-    told = subprocess.run([sys.executable, "-c", cell], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    told = subprocess.run(
+        [sys.executable, "-c", cell],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert told.returncode == 0, told.stderr
     assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()

@@ -26,13 +26,29 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 HERE = Path(__file__).parent
 RARE_WORDS = ("sks", "zwx", "ohwx", "tok", "bnha")
-OTHER_WORDS = ("photo", "picture", "drawing", "style", "the", "of", "with", "and", "my", "small", "big", "old", "new", "toy")
+OTHER_WORDS = (
+    "photo",
+    "picture",
+    "drawing",
+    "style",
+    "the",
+    "of",
+    "with",
+    "and",
+    "my",
+    "small",
+    "big",
+    "old",
+    "new",
+    "toy",
+)
 MAX_LENGTH = 24  # tokens a prompt, BOS and EOS included: a third of CLIP's, and a third of the time
 WIDTH = 64  # of either text encoder
 COLOURFUL, PALETTE = 8_000, 20_000  # scenes in colours outside the captions' palette (for the VAE), and inside it
 
 
 # ------------------------------------------------------------------------------------------------------------- scenes
+
 
 def scene_at(index: int) -> Scene:
     """The index-th scene of the training set; the first COLOURFUL ones may have any colour."""
@@ -60,6 +76,7 @@ def pixels_at(scenes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
+
 def words_as_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A byte-level vocabulary in which every word that matters is one token; "!" is 0, as tokenizer_2 pads with it."""
     words = {*CLASSES, *COLOURS, *" ".join(PLACES).split(), *OTHER_WORDS, *RARE_WORDS}
@@ -73,7 +90,9 @@ def words_as_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
             head += symbol
             tokens.append(head)
     tokens = list(dict.fromkeys(tokens))
-    return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}, list(dict.fromkeys(merges))
+    return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}, list(
+        dict.fromkeys(merges)
+    )
 
 
 def make_tokenizer(pad_token: str) -> CLIPTokenizer:
@@ -88,11 +107,19 @@ def make_tokenizer(pad_token: str) -> CLIPTokenizer:
 
 # ---------------------------------------------------------------------------------------------------------------- VAE
 
+
 def make_vae() -> AutoencoderKL:
     """Factor 4, 4 latent channels, 1.7 M parameters."""
     return AutoencoderKL(
-        block_out_channels=(32, 64, 96), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=64, force_upcast=False)
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+        force_upcast=False,
+    )
 
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -147,12 +174,13 @@ def train_vae(work: Path, scenes: torch.Tensor) -> AutoencoderKL:
 def train_vae_stage(vae: AutoencoderKL, scenes: torch.Tensor, stage: Stage, generator: torch.Generator) -> None:
     """One stage, in place."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.rate, total_steps=stage.steps, pct_start=0.05,
-                                                   final_div_factor=1e3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, stage.rate, total_steps=stage.steps, pct_start=0.05, final_div_factor=1e3
+    )
     meter = Meter("vae", stage.steps)
     for step in range(stage.steps):
         rows = torch.randint(len(scenes), (stage.batch_size,), generator=generator)
-        rows[:int(stage.strewn * stage.batch_size)] %= COLOURFUL
+        rows[: int(stage.strewn * stage.batch_size)] %= COLOURFUL
         pixels = confetti(pixels_at(scenes, rows), stage.strewn, generator)
         loss = vae_loss(vae, pixels, generator)
         loss.backward()
@@ -177,34 +205,58 @@ def encode_scenes(work: Path, vae: AutoencoderKL, scenes: torch.Tensor) -> tuple
 
 # ------------------------------------------------------------------------------------------- UNet and text encoders
 
+
 def make_text_encoder(tokenizer: CLIPTokenizer, with_projection: bool) -> torch.nn.Module:
     """Three CLIP layers; the first encoder has quick_gelu, the second gelu and a projection, as SDXL's have."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH, hidden_act="gelu" if with_projection else "quick_gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=WIDTH,
+        hidden_act="gelu" if with_projection else "quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
 
 
 def make_unet() -> UNet2DConditionModel:
     """SDXL's block pattern in small, on 16 x 16 latents: 8.2 M parameters."""
     return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, transformer_layers_per_block=[1, 1, 2],
+        sample_size=16,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        transformer_layers_per_block=[1, 1, 2],
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=[2, 4, 4],
-        cross_attention_dim=2 * WIDTH, use_linear_projection=True, norm_num_groups=16, addition_embed_type="text_time",
-        addition_time_embed_dim=32, projection_class_embeddings_input_dim=6 * 32 + WIDTH)
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=[2, 4, 4],
+        cross_attention_dim=2 * WIDTH,
+        use_linear_projection=True,
+        norm_num_groups=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=6 * 32 + WIDTH,
+    )
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
     """SDXL's own schedule."""
-    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                                  timestep_spacing="leading")
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
 
 
 def spoken_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption with colour or place sometimes left out, other openings, and rare words sprinkled in 15 % of them."""
-    prefix = str(rng.choice(["a photo of a", "a picture of a", "a", "a photo of", "a photo of the"], p=[0.68, 0.08, 0.1, 0.09, 0.05]))
+    prefix = str(
+        rng.choice(
+            ["a photo of a", "a picture of a", "a", "a photo of", "a photo of the"], p=[0.68, 0.08, 0.1, 0.09, 0.05]
+        )
+    )
     if rng.random() < 0.15:
         prefix += f" {rng.choice(RARE_WORDS)}"
     return caption(scene, colour=rng.random() < 0.8, place=rng.random() < 0.87, prefix=prefix)
@@ -223,13 +275,21 @@ class ToySDXL(torch.nn.Module):
         """Prompt embeddings (B, 24, 128) and pooled embeddings (B, 64), the way SDXL takes them."""
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
+            ids = tokenizer(
+                prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+            ).input_ids
             output = encoder(ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         return torch.cat(hidden, dim=-1), output.text_embeds
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, prompts: list[str], keep: torch.Tensor,
-                time_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompts: list[str],
+        keep: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
         """Predict the noise; rows that are not kept see zeros, as the pipeline's missing negative prompt does."""
         embeds, pooled = self.encode(prompts)
         added = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids}
@@ -245,7 +305,7 @@ def random_time_ids(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_unet(work: Path, latents: torch.Tensor, steps: int, batch_size: int = 48) -> ToySDXL:
-    """Train UNet and text encoders on epsilon with min-SNR weight 5; returns the average over the last steps (EMA 0.999)."""
+    """Train UNet and text encoders on epsilon with min-SNR weight 5; returns the moving average (EMA 0.999)."""
     torch.manual_seed(3)
     model, path, first = ToySDXL(), work / "unet.pt", 0
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -267,8 +327,13 @@ def train_unet(work: Path, latents: torch.Tensor, steps: int, batch_size: int = 
         a = alphas[timesteps][:, None, None, None]
         keep = (torch.rand(batch_size, generator=generator) >= 0.1).float()
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model(a.sqrt() * latents[rows] + (1 - a).sqrt() * noise, timesteps, prompts, keep,
-                              random_time_ids(batch_size, generator))
+            predicted = model(
+                a.sqrt() * latents[rows] + (1 - a).sqrt() * noise,
+                timesteps,
+                prompts,
+                keep,
+                random_time_ids(batch_size, generator),
+            )
         loss = (weights[timesteps] * (predicted.float() - noise).square().mean(dim=(1, 2, 3))).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -282,7 +347,15 @@ def train_unet(work: Path, latents: torch.Tensor, steps: int, batch_size: int = 
             average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
         meter(step, loss)
         if (step + 1) % 250 == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}, path)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "step": step + 1,
+                },
+                path,
+            )
     model.load_state_dict(average)
     return model.eval()
 
@@ -304,11 +377,19 @@ class Meter:
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
+
 def assemble(vae: AutoencoderKL, factor: float, model: ToySDXL) -> StableDiffusionXLPipeline:
     """Put the parts into the pipeline that diffusers knows."""
     vae.register_to_config(scaling_factor=factor)
-    return StableDiffusionXLPipeline(vae, *model.encoders, *model.tokenizers, model.unet, make_scheduler(),
-                                     force_zeros_for_empty_prompt=True, add_watermarker=False)
+    return StableDiffusionXLPipeline(
+        vae,
+        *model.encoders,
+        *model.tokenizers,
+        model.unet,
+        make_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
 
 
 def save_in_half(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
@@ -318,7 +399,9 @@ def save_in_half(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
         getattr(pipeline, part).half()
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "_name_or_path"}, indent=2) + "\n")
+    (folder / "model_index.json").write_text(
+        json.dumps({k: v for k, v in index.items() if k != "_name_or_path"}, indent=2) + "\n"
+    )
 
 
 def main() -> None:

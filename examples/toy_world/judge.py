@@ -61,13 +61,18 @@ def labels(scene: Scene) -> list[int]:
     """Numbers of class, colour and place, and 0 or 1 for each subject."""
     named = isinstance(scene.colour, str) and scene.subject is None
     colour = list(COLOURS).index(scene.colour) if named else NO_COLOUR
-    return [CLASSES.index(scene.class_name), colour, PLACES.index(scene.place), *(int(scene.subject == s) for s in SUBJECT_NAMES)]
+    return [
+        CLASSES.index(scene.class_name),
+        colour,
+        PLACES.index(scene.place),
+        *(int(scene.subject == s) for s in SUBJECT_NAMES),
+    ]
 
 
 def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, blur and add noise, as a model's decoder might."""
     dy, dx = torch.randint(-3, 4, (2,), generator=generator).tolist()
-    pixels = F.pad(pixels, (3, 3, 3, 3), mode="replicate")[:, :, 3 + dy:67 + dy, 3 + dx:67 + dx]
+    pixels = F.pad(pixels, (3, 3, 3, 3), mode="replicate")[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
     if torch.rand((), generator=generator) < 0.6:
         pixels = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return pixels + 0.04 * torch.rand((), generator=generator) * torch.randn(pixels.shape, generator=generator)
@@ -82,7 +87,7 @@ def train_eye() -> Eye:
     optimizer = torch.optim.AdamW(eye.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * (SCENES // BATCH))
     for _ in range(EPOCHS):
-        for rows in torch.randperm(SCENES, generator=generator)[:SCENES // BATCH * BATCH].split(BATCH):
+        for rows in torch.randperm(SCENES, generator=generator)[: SCENES // BATCH * BATCH].split(BATCH):
             answers, target = eye(disturb(pixels[rows], generator)), targets[rows]
             loss = sum(F.cross_entropy(answer, target[:, i]) for i, answer in enumerate(answers[:3]))
             loss = loss + 2 * F.binary_cross_entropy_with_logits(answers[3], target[:, 3:].float())
@@ -130,9 +135,16 @@ class Judge:
         """Judge pictures of any size."""
         classes, colours, places, subjects = self.eye(to_pixels(images))
         named = [*COLOURS, None]
-        return [Verdict(CLASSES[c], named[k], PLACES[p], dict(zip(SUBJECT_NAMES, s, strict=True)))
-                for c, k, p, s in zip(classes.argmax(1).tolist(), colours.argmax(1).tolist(), places.argmax(1).tolist(),
-                                      subjects.sigmoid().tolist(), strict=True)]
+        return [
+            Verdict(CLASSES[c], named[k], PLACES[p], dict(zip(SUBJECT_NAMES, s, strict=True)))
+            for c, k, p, s in zip(
+                classes.argmax(1).tolist(),
+                colours.argmax(1).tolist(),
+                places.argmax(1).tolist(),
+                subjects.sigmoid().tolist(),
+                strict=True,
+            )
+        ]
 
 
 if __name__ == "__main__":

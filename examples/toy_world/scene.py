@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,13 @@ Point = tuple[float, float]
 
 CLASSES = ("dog", "cat", "mug", "car", "duck")
 COLOURS: dict[str, Colour] = {
-    "red": (214, 44, 40), "orange": (243, 140, 32), "yellow": (248, 214, 56), "green": (58, 160, 72),
-    "blue": (48, 102, 212), "white": (243, 242, 236), "brown": (124, 78, 46),
+    "red": (214, 44, 40),
+    "orange": (243, 140, 32),
+    "yellow": (248, 214, 56),
+    "green": (58, 160, 72),
+    "blue": (48, 102, 212),
+    "white": (243, 242, 236),
+    "brown": (124, 78, 46),
 }
 PLACES = ("on grass", "on the beach", "in the snow", "in a bucket", "on a red carpet", "in a city at night")
 SUBJECTS = {"sks_dog": "dog", "sks_mug": "mug"}
@@ -70,8 +76,10 @@ class Pen:
     def at(self, point: Point) -> Point:
         """Map a point of the pen's coordinates to pixels."""
         x, y = point[0] * self.sign, point[1]
-        return (self.origin[0] + self.unit * (x * self.cos - y * self.sin),
-                self.origin[1] + self.unit * (x * self.sin + y * self.cos))
+        return (
+            self.origin[0] + self.unit * (x * self.cos - y * self.sin),
+            self.origin[1] + self.unit * (x * self.sin + y * self.cos),
+        )
 
     def polygon(self, points: Iterable[Point], colour: Sequence[int]) -> None:
         """Fill a polygon."""
@@ -81,8 +89,16 @@ class Pen:
         """Fill an ellipse with half axes rx and ry, turned by an angle in radians."""
         angles = np.linspace(0, 2 * math.pi, 36, endpoint=False)
         cos, sin = math.cos(turn), math.sin(turn)
-        self.polygon([(x + rx * math.cos(a) * cos - ry * math.sin(a) * sin,
-                       y + rx * math.cos(a) * sin + ry * math.sin(a) * cos) for a in angles], colour)
+        self.polygon(
+            [
+                (
+                    x + rx * math.cos(a) * cos - ry * math.sin(a) * sin,
+                    y + rx * math.cos(a) * sin + ry * math.sin(a) * cos,
+                )
+                for a in angles
+            ],
+            colour,
+        )
 
     def stroke(self, points: Sequence[Point], width: float, colour: Sequence[int]) -> None:
         """Draw a line with round joints and ends; width in the pen's unit."""
@@ -94,6 +110,7 @@ class Pen:
 
 # ------------------------------------------------------------------------------------------------- the five classes
 # Each draws itself between y = -1 (top) and y = 1 (ground), roughly x = -1 .. 1, looking to the right.
+
 
 def draw_dog(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) -> None:
     """A standing dog with a hanging ear; the subject is purple with yellow spots and a teal ear."""
@@ -112,7 +129,13 @@ def draw_dog(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) 
     pen.ellipse(1.03, -0.34 + nod, 0.1, 0.085, INK)
     pen.stroke([(0.74, -0.14 + nod), (0.92, -0.15 + nod)], 0.04, INK)
     if subject:
-        for x, y, r in ((-0.5, 0.14, 0.15), (-0.14, 0.02, 0.14), (-0.2, 0.4, 0.13), (0.2, 0.26, 0.15), (0.5, -0.68, 0.12)):
+        for x, y, r in (
+            (-0.5, 0.14, 0.15),
+            (-0.14, 0.02, 0.14),
+            (-0.2, 0.4, 0.13),
+            (0.2, 0.26, 0.15),
+            (0.5, -0.68, 0.12),
+        ):
             pen.ellipse(x, y, r, r, SUN)
     pen.ellipse(0.2, -0.32 + nod, 0.19, 0.4, ear, turn=0.25)
     pen.ellipse(0.62, -0.5 + nod, 0.1, 0.11, (255, 255, 255))
@@ -197,6 +220,7 @@ ARTISTS = {"dog": draw_dog, "cat": draw_cat, "mug": draw_mug, "car": draw_car, "
 
 # ---------------------------------------------------------------------------------------------------- the six places
 
+
 def gradient(pixels: int, stops: Sequence[tuple[float, Colour]]) -> Image.Image:
     """A picture whose colour runs from top to bottom through (height, colour) stops."""
     y = np.linspace(0, 1, pixels)
@@ -207,7 +231,9 @@ def gradient(pixels: int, stops: Sequence[tuple[float, Colour]]) -> Image.Image:
 def grass(pixels: int, rng: np.random.Generator) -> Image.Image:
     """A meadow under a blue sky."""
     horizon = rng.uniform(0.42, 0.52)
-    image = gradient(pixels, [(0, (110, 182, 240)), (horizon, (206, 234, 250)), (horizon, (128, 196, 84)), (1, (70, 150, 50))])
+    image = gradient(
+        pixels, [(0, (110, 182, 240)), (horizon, (206, 234, 250)), (horizon, (128, 196, 84)), (1, (70, 150, 50))]
+    )
     pen = Pen(image, (0, 0), pixels)
     for _ in range(2):
         x, y = rng.uniform(0.05, 0.95), rng.uniform(0.08, 0.25)
@@ -225,8 +251,17 @@ def grass(pixels: int, rng: np.random.Generator) -> Image.Image:
 def beach(pixels: int, rng: np.random.Generator) -> Image.Image:
     """Sand, the sea and a sun."""
     sea, sand = rng.uniform(0.3, 0.38), rng.uniform(0.5, 0.58)
-    image = gradient(pixels, [(0, (92, 190, 244)), (sea, (204, 238, 250)), (sea, (24, 122, 190)), (sand, (88, 206, 214)),
-                              (sand, (250, 226, 164)), (1, (232, 196, 122))])
+    image = gradient(
+        pixels,
+        [
+            (0, (92, 190, 244)),
+            (sea, (204, 238, 250)),
+            (sea, (24, 122, 190)),
+            (sand, (88, 206, 214)),
+            (sand, (250, 226, 164)),
+            (1, (232, 196, 122)),
+        ],
+    )
     pen = Pen(image, (0, 0), pixels)
     pen.ellipse(rng.uniform(0.08, 0.92), rng.uniform(0.08, 0.2), 0.075, 0.075, (255, 244, 180))
     wave = [(x, sand + 0.012 * math.sin(20 * x + rng.uniform(0, 0.5))) for x in np.linspace(0, 1, 16)]
@@ -239,7 +274,9 @@ def beach(pixels: int, rng: np.random.Generator) -> Image.Image:
 def snow(pixels: int, rng: np.random.Generator) -> Image.Image:
     """White hills, fir trees and falling flakes."""
     horizon = rng.uniform(0.42, 0.52)
-    image = gradient(pixels, [(0, (150, 170, 200)), (horizon, (206, 216, 230)), (horizon, (226, 234, 246)), (1, (246, 250, 255))])
+    image = gradient(
+        pixels, [(0, (150, 170, 200)), (horizon, (206, 216, 230)), (horizon, (226, 234, 246)), (1, (246, 250, 255))]
+    )
     pen = Pen(image, (0, 0), pixels)
     for x in np.sort(rng.uniform(0, 1, 5)):
         size = rng.uniform(0.16, 0.26)
@@ -247,7 +284,9 @@ def snow(pixels: int, rng: np.random.Generator) -> Image.Image:
             top = horizon + 0.04 - size * (1 - 0.25 * layer)
             half = size * (0.16 + 0.09 * layer)
             pen.polygon([(x - half, top + size * 0.5), (x, top), (x + half, top + size * 0.5)], (46, 96, 82))
-            pen.polygon([(x - half * 0.5, top + size * 0.25), (x, top), (x + half * 0.5, top + size * 0.25)], (236, 244, 250))
+            pen.polygon(
+                [(x - half * 0.5, top + size * 0.25), (x, top), (x + half * 0.5, top + size * 0.25)], (236, 244, 250)
+            )
     pen.ellipse(rng.uniform(0, 1), horizon + 0.16, 0.6, 0.15, (236, 242, 252))
     for _ in range(30):
         pen.ellipse(rng.random(), rng.random() * 0.9, 0.011, 0.011, (255, 255, 255))
@@ -257,7 +296,9 @@ def snow(pixels: int, rng: np.random.Generator) -> Image.Image:
 def room(pixels: int, rng: np.random.Generator) -> Image.Image:
     """A plain wall and a wooden floor, where the bucket stands."""
     floor = rng.uniform(0.66, 0.74)
-    image = gradient(pixels, [(0, (240, 226, 200)), (floor, (226, 208, 176)), (floor, (170, 120, 76)), (1, (140, 92, 54))])
+    image = gradient(
+        pixels, [(0, (240, 226, 200)), (floor, (226, 208, 176)), (floor, (170, 120, 76)), (1, (140, 92, 54))]
+    )
     pen = Pen(image, (0, 0), pixels)
     pen.stroke([(0, floor), (1, floor)], 0.025, (250, 244, 230))
     for x in np.linspace(-0.4, 1.4, 8) + rng.uniform(-0.1, 0.1):
@@ -292,11 +333,13 @@ def city(pixels: int, rng: np.random.Generator) -> Image.Image:
     while x < 1:
         width, top = rng.uniform(0.14, 0.2), rng.uniform(0.12, 0.42)
         pen.polygon([(x, 0.66), (x, top), (x + width, top), (x + width, 0.66)], (26, 26, 52))
-        for row in np.arange(top + 0.05, 0.62, 0.075):
-            for column in np.arange(x + 0.035, x + width - 0.02, 0.05):
-                if rng.random() < 0.62:
-                    pen.polygon([(column, row), (column + 0.028, row), (column + 0.028, row + 0.036), (column, row + 0.036)],
-                                (255, 216, 104))
+        windows = product(np.arange(top + 0.05, 0.62, 0.075), np.arange(x + 0.035, x + width - 0.02, 0.05))
+        for row, column in windows:
+            if rng.random() < 0.62:
+                pen.polygon(
+                    [(column, row), (column + 0.028, row), (column + 0.028, row + 0.036), (column, row + 0.036)],
+                    (255, 216, 104),
+                )
         x += width + 0.012
     for dash in np.linspace(0.05, 0.95, 5):
         pen.polygon([(dash, 0.8), (dash + 0.09, 0.8), (dash + 0.1, 0.825), (dash, 0.825)], (196, 192, 160))
@@ -309,11 +352,23 @@ BACKGROUNDS = dict(zip(PLACES, (grass, beach, snow, room, carpet, city), strict=
 def draw_bucket(pen: Pen, front: bool) -> None:
     """A metal bucket around the origin: its back rim, or the front that hides the lower half of what is inside."""
     if not front:
-        pen.stroke([(0.62 * math.cos(a), -0.62 * math.sin(a) - 0.02) for a in np.linspace(0, math.pi, 13)], 0.035, (110, 116, 126))
+        pen.stroke(
+            [(0.62 * math.cos(a), -0.62 * math.sin(a) - 0.02) for a in np.linspace(0, math.pi, 13)],
+            0.035,
+            (110, 116, 126),
+        )
         pen.ellipse(0, 0, 0.66, 0.16, (92, 98, 108))
         return
-    pen.polygon([(-0.66, 0), *[(0.66 * -math.cos(a), 0.16 * math.sin(a)) for a in np.linspace(0, math.pi, 13)],
-                 (0.5, 0.86), (0, 0.93), (-0.5, 0.86)], (156, 164, 176))
+    pen.polygon(
+        [
+            (-0.66, 0),
+            *[(0.66 * -math.cos(a), 0.16 * math.sin(a)) for a in np.linspace(0, math.pi, 13)],
+            (0.5, 0.86),
+            (0, 0.93),
+            (-0.5, 0.86),
+        ],
+        (156, 164, 176),
+    )
     pen.polygon([(-0.5, 0.16), (-0.3, 0.2), (-0.24, 0.86), (-0.4, 0.84)], (206, 212, 222))
     for low in (0.3, 0.7):
         half = 0.66 - 0.19 * low
@@ -323,16 +378,21 @@ def draw_bucket(pen: Pen, front: bool) -> None:
 
 # ------------------------------------------------------------------------------------------------------- the picture
 
+
 def draw_object(scene: Scene, pixels: int, ground: Point, rng: np.random.Generator) -> Image.Image:
     """The scene's object on a transparent layer, shaded from above and outlined."""
     layer = Image.new("RGBA", (pixels, pixels), (0, 0, 0, 0))
     unit = pixels * rng.uniform(0.27, 0.33)
-    pen = Pen(layer, (ground[0] * pixels, ground[1] * pixels - unit), unit, rng.random() < 0.5, rng.uniform(-0.07, 0.07))
+    pen = Pen(
+        layer, (ground[0] * pixels, ground[1] * pixels - unit), unit, rng.random() < 0.5, rng.uniform(-0.07, 0.07)
+    )
     colour = COLOURS.get(scene.colour, scene.colour) if isinstance(scene.colour, str) else scene.colour
     ARTISTS[scene.class_name](pen, colour, rng, scene.subject is not None)
     rgba = np.asarray(layer, np.float32)
     light = np.interp(np.arange(pixels), [pen.origin[1] - unit, pen.origin[1] + unit], [1.08, 0.84])[:, None, None]
-    shaded = Image.fromarray(np.concatenate([(rgba[..., :3] * light).clip(0, 255), rgba[..., 3:]], -1).astype(np.uint8))
+    shaded = Image.fromarray(
+        np.concatenate([(rgba[..., :3] * light).clip(0, 255), rgba[..., 3:]], -1).astype(np.uint8)
+    )
     halo = layer.getchannel("A").filter(ImageFilter.GaussianBlur(pixels / 128)).point(lambda a: min(255, 3 * a))
     outlined = Image.new("RGBA", layer.size, (*INK, 0))
     outlined.putalpha(halo)
@@ -365,7 +425,12 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
 
 def caption(scene: Scene, colour: bool = True, place: bool = True, prefix: str = "a photo of a") -> str:
     """Say what a scene shows: "a photo of a red dog on grass"."""
-    words = [prefix, scene.colour if colour and isinstance(scene.colour, str) else "", scene.class_name, scene.place if place else ""]
+    words = [
+        prefix,
+        scene.colour if colour and isinstance(scene.colour, str) else "",
+        scene.class_name,
+        scene.place if place else "",
+    ]
     return " ".join(word for word in words if word)
 
 
@@ -392,8 +457,14 @@ def write_subjects(folder: Path, size: int = 256) -> None:
 if __name__ == "__main__":
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "scenes.png")
     palette = list(COLOURS)
-    shown = [draw(Scene(name, palette[(row + 2 * column) % 7], place, 40 + 7 * row + column), 128)
-             for row, name in enumerate(CLASSES) for column, place in enumerate(PLACES)]
-    shown += [draw(Scene(name, "white", place, 80 + i, subject), 128)
-              for subject, name in SUBJECTS.items() for i, place in enumerate(PLACES)]
+    shown = [
+        draw(Scene(name, palette[(row + 2 * column) % 7], place, 40 + 7 * row + column), 128)
+        for row, name in enumerate(CLASSES)
+        for column, place in enumerate(PLACES)
+    ]
+    shown += [
+        draw(Scene(name, "white", place, 80 + i, subject), 128)
+        for subject, name in SUBJECTS.items()
+        for i, place in enumerate(PLACES)
+    ]
     sheet(shown, len(PLACES)).save(out)

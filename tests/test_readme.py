@@ -1,0 +1,105 @@
+"""Every command of README.md: what needs no GPU is run, and what does is parsed and its inference code executed."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from judge import Judge
+from PIL import Image
+
+import train_dreambooth_lora_sdxl as trainer
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    shlex.split(line)
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.replace("\\\n", " ").splitlines()
+]
+TRAINING = [words for words in COMMANDS if "train_dreambooth_lora_sdxl.py" in words]
+QUICK_START = TRAINING[0]
+
+
+def environment() -> dict[str, str]:
+    """A shell in which this Python's `accelerate` is the one that is found."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+
+
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory) -> Path:
+    """The first command of the README, as it stands, in a copy of the repository's folder."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("examples", "train_dreambooth_lora_sdxl.py"):
+        (folder / name).symlink_to(ROOT / name)
+    command = " ".join(map(shlex.quote, QUICK_START[QUICK_START.index("accelerate") :]))
+    told = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("Subject") and "Done" in told.stdout and "warn" not in told.stderr.lower()
+    return folder
+
+
+def test_the_quick_start_leaves_what_the_readme_lists(quick_start):
+    output = quick_start / "lora-sks-dog"
+    listed = re.findall(r"^\| (`.*?`) \|", README.replace("checkpoint-500/` …", "training_config.yaml`"), flags=re.M)
+    for name in re.findall(r"`([^`]+)`", " ".join(listed)):
+        assert (output / name).exists(), name
+
+
+def test_the_quick_start_shows_the_subject_where_it_was_never_shown(quick_start):
+    last = sorted((quick_start / "lora-sks-dog" / "validation").iterdir())[-1]
+    verdicts = Judge()([Image.open(path) for path in sorted(last.iterdir())])
+    assert sum(verdict.subjects["sks_dog"] > 0.5 for verdict in verdicts) >= 3
+    assert sum(verdict.place == "in a bucket" for verdict in verdicts) >= 3
+    first = Judge()([Image.open(path) for path in sorted((last.parent / "step-000000").iterdir())])
+    assert sum(verdict.subjects["sks_dog"] > 0.5 for verdict in first) == 0
+
+
+def test_going_on_where_nothing_is_left_to_do(quick_start):
+    words = next(words for words in TRAINING if "--resume_from_checkpoint" in words)
+    config = yaml.safe_load((quick_start / "lora-sks-dog" / trainer.CONFIG_FILE).read_text())
+    assert config["max_train_steps"] == 400 and words[-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+@pytest.mark.parametrize("words", TRAINING, ids=lambda words: " ".join(words)[-40:])
+def test_every_training_command_is_understood(words, pictures, tmp_path, monkeypatch):
+    """Parsed and checked as written, with the pictures that it names standing ready."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(pictures, tmp_path / "dog")
+    (tmp_path / "lora-sks-dog").mkdir()
+    shutil.copy(ROOT / "examples/toy_world/sks_dog.yaml", tmp_path / "lora-sks-dog" / "training_config.yaml")
+    args = trainer.parse_args(words[words.index("train_dreambooth_lora_sdxl.py") + 1 :])
+    assert args.instance_prompt
+
+
+def test_the_other_commands_are_the_ones_that_ci_and_the_requirements_know():
+    others = [words for words in COMMANDS if "train_dreambooth_lora_sdxl.py" not in words]
+    programs = {words[0] for words in others if words}
+    assert programs <= {"pip", "hf", "python"}
+    assert QUICK_START[:4] == ["pip", "install", "-r", "requirements_sdxl.txt"]
+    assert ["pip", "install", "-r", "tests/requirements.txt", "&&", "pytest"] in others
+    for words in others:
+        assert not words[:1] == ["python"] or (ROOT / words[1]).exists(), words
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_inference_snippets(number, train, tiny, tmp_path, monkeypatch):
+    """The code as it stands, on the tiniest model: names and devices replaced, nothing else."""
+    train(output_dir=tmp_path / "lora-trained-xl")
+    monkeypatch.chdir(tmp_path)
+    code = [text for language, text in BLOCKS if language == "python"][number]
+    for name in ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"):
+        code = code.replace(name, str(tiny))
+    exec(code.replace("cuda", "cpu").replace("torch.float16", "torch.float32"), {})
+    assert Image.open(tmp_path / "dog.png").size == (16, 16)
