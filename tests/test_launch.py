@@ -61,15 +61,8 @@ def test_traps_7_31_34_two_processes_equal_one_with_twice_the_accumulation(train
     alone = train(
         **flags, output_dir=tmp_path / "alone", class_data_dir=tmp_path / "c1", gradient_accumulation_steps=4
     )
-    two = (
-        *LAUNCH,
-        "--num_processes=2",
-        "--num_machines=1",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-        "--cpu",
-        f"--main_process_port={free_port}",
-    )
+    # accelerate launch starts several processes for GPUs and MPI alone; torchrun, which it calls for those, does so here
+    two = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
     told = train.shell(
         *two,
         **flags,
@@ -77,6 +70,7 @@ def test_traps_7_31_34_two_processes_equal_one_with_twice_the_accumulation(train
         class_data_dir=tmp_path / "c2",
         gradient_accumulation_steps=2,
         log_level="info",
+        env={"ACCELERATE_USE_CPU": "true"},
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("Subject") == 1 and "which is 6 passes" in told.stdout

@@ -90,7 +90,7 @@ def test_the_other_commands_are_the_ones_that_ci_and_the_requirements_know():
     assert QUICK_START[:4] == ["pip", "install", "-r", "requirements_sdxl.txt"]
     assert ["pip", "install", "-r", "tests/requirements.txt", "&&", "pytest"] in others
     for words in others:
-        assert not words[:1] == ["python"] or (ROOT / words[1]).exists(), words
+        assert words[:1] != ["python"] or (ROOT / words[1]).exists(), words
 
 
 @pytest.mark.parametrize("number", [0, 1])
