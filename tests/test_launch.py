@@ -61,7 +61,7 @@ def test_traps_7_31_34_two_processes_equal_one_with_twice_the_accumulation(train
     alone = train(
         **flags, output_dir=tmp_path / "alone", class_data_dir=tmp_path / "c1", gradient_accumulation_steps=4
     )
-    # accelerate launch starts several processes for GPUs and MPI alone; torchrun, which it calls for those, does so here
+    # accelerate launch starts several processes for GPUs and MPI alone; torchrun, which it calls there, does it here
     two = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
     told = train.shell(
         *two,

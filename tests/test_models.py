@@ -1,10 +1,14 @@
 """What is trained, in which dtype, and that prompts and latents are what diffusers' pipeline makes of them."""
 
+import gc
+import re
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+import train_dreambooth_lora_sdxl as trainer
 from train_dreambooth_lora_sdxl import (
     PART_CLASSES,
     Source,
@@ -109,8 +113,6 @@ def test_full_size_counts(run):
         encoder = PART_CLASSES["text_encoder"](text)
     trained = [p for p in unet.parameters() if p.requires_grad]
     assert len(trained) == 2 * 560 and round(sum(p.numel() for p in trained) / 1e6, 1) == 5.8
-    import re
-
     targets = re.compile(text_encoder_targets(encoder))
     hit = [name for name, _ in encoder.named_modules() if targets.fullmatch(name)]
     assert len(hit) == 11 * 4 and not any("layers.11." in name for name in hit)
@@ -211,3 +213,50 @@ def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
         len(looks) >= (2 if row % 5 == 2 else 3) for row, looks in seen.items()
     )  # number 2 is square: only flips
     assert len(samples) == 10 and seen[0] != seen[5]  # a repeat has views of its own
+
+
+def alive(kind) -> int:
+    gc.collect()
+    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+
+def test_traps_18_20_21_what_a_phase_loaded_is_gone_after_it(train, monkeypatch):
+    """No text encoder and no VAE lives in the training loop; validation loads a VAE, and the end loads nothing."""
+    kinds = (PART_CLASSES["text_encoder"], PART_CLASSES["text_encoder_2"], PART_CLASSES["vae"])
+    before = [alive(kind) for kind in kinds]
+    loaded, in_the_loop = [], []
+    real_load, real_loss = trainer.load_part, trainer.diffusion_loss
+    monkeypatch.setattr(
+        trainer, "load_part", lambda source, part, *rest: loaded.append(part) or real_load(source, part, *rest)
+    )
+    monkeypatch.setattr(
+        trainer,
+        "diffusion_loss",
+        lambda *rest: in_the_loop.append([alive(kind) for kind in kinds]) or real_loss(*rest),
+    )
+    train(validation_prompt="a dog", num_validation_images=1)
+    assert in_the_loop and all(counts == before for counts in in_the_loop)
+    texts = ["tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"]
+    assert loaded == [*texts, "vae", "unet", "vae", "vae"]  # prompts, latents, training, validation before and after
+
+
+def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
+    from train_dreambooth_lora_sdxl import build_cache, instance_samples, load_picture, resized
+
+    started = start(train.args(center_crop=True, dataloader_num_workers=2))
+    samples = instance_samples(started.args)
+    cache = build_cache(started, samples, build_text(started, ["a photo of sks dog"], False, torch.float32))
+    vae = load_part(started.vae, "vae", torch.float32, torch.device("cpu"))
+    for sample, views in zip(samples, cache.views, strict=True):
+        picture = load_picture(sample.path)
+        width, height = resized(picture.size, 16)
+        left, top = (width - 16) // 2, (height - 16) // 2
+        cut = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
+        pixels = torch.tensor(list(cut.get_flattened_data())).view(16, 16, 3).permute(2, 0, 1) / 127.5 - 1
+        assert len(views) == 1
+        torch.testing.assert_close(cache.mean[views[0]], encode_image(vae, pixels, "x")[0], rtol=1e-4, atol=1e-4)
+
+
+def test_trap_25_embeddings_need_no_gradients(run):
+    table = build_text(run(), ["a dog"], trained=False, dtype=torch.float32)
+    assert not any(rows.requires_grad for rows in table.rows)

@@ -392,6 +392,16 @@ def assemble(vae: AutoencoderKL, factor: float, model: ToySDXL) -> StableDiffusi
     )
 
 
+CARD = """---
+license: apache-2.0
+tags: [text-to-image, stable-diffusion-xl]
+---
+
+A small SDXL that knows a small world: five classes, seven colours, six places, 64 x 64 pixels. It was trained from
+nothing on drawn scenes by `examples/toy_world/build.py`.
+"""
+
+
 def save_in_half(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     """Write the pipeline as fp16 safetensors."""
     pipeline.set_progress_bar_config(disable=True)
@@ -402,6 +412,7 @@ def save_in_half(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     (folder / "model_index.json").write_text(
         json.dumps({k: v for k, v in index.items() if k != "_name_or_path"}, indent=2) + "\n"
     )
+    (folder / "README.md").write_text(CARD)
 
 
 def main() -> None:

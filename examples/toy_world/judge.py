@@ -73,7 +73,7 @@ def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, blur and add noise, as a model's decoder might."""
     dy, dx = torch.randint(-3, 4, (2,), generator=generator).tolist()
     pixels = F.pad(pixels, (3, 3, 3, 3), mode="replicate")[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
-    if torch.rand((), generator=generator) < 0.6:
+    for _ in range(int(torch.randint(0, 3, (), generator=generator))):
         pixels = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return pixels + 0.04 * torch.rand((), generator=generator) * torch.randn(pixels.shape, generator=generator)
 
