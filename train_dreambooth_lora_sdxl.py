@@ -789,13 +789,14 @@ def tokenize_prompts(source: Source, prompts: Sequence[str]) -> Text:
 def encode_prompts(source: Source, ids: Text, dtype: torch.dtype, device: torch.device) -> Text:
     """Embeddings of all prompts; each encoder is loaded, used and freed before the next."""
 
-    def outputs_of(part: str, rows: Tensor) -> list[Any]:
+    def encode(part: str, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         encoder = load_part(source, part, dtype, device)
-        return [encoder(row[None].to(device), output_hidden_states=True) for row in rows]
+        outputs = (encoder(row[None].to(device), output_hidden_states=True) for row in rows)
+        return [(output.hidden_states[-2], output.get("text_embeds")) for output in outputs]
 
-    outputs = [outputs_of(part, rows) for part, rows in zip(TEXT_ENCODERS, ids, strict=True)]
-    hidden = [torch.cat([output.hidden_states[-2] for output in part]) for part in outputs]
-    return torch.cat(hidden, dim=-1), torch.cat([output.text_embeds for output in outputs[-1]])
+    first, second = (encode(part, rows) for part, rows in zip(TEXT_ENCODERS, ids, strict=True))
+    hidden = [torch.cat([one, two], dim=-1) for (one, _), (two, _) in zip(first, second, strict=True)]
+    return torch.cat(hidden), torch.cat([pooled for _, pooled in second])
 
 
 @dataclass(frozen=True)
