@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError for words that are no flags, each with the nearest known one."""
         flags = [option for action in self._actions for option in action.option_strings]
         told = []
-        for word in words:
+        for word in [word for word in words if word.startswith("-")] or words:  # not the values of unknown flags
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             told.append(f"{word} (did you mean {near[0]}?)" if near else word)
         raise UserError(f"{where} does not know {', '.join(told)}.")

@@ -53,6 +53,8 @@ def train(subject: str, method: str, out: Path) -> Path:
     }
     if "with_prior_preservation" in flags:
         flags |= {"class_prompt": f"a photo of a {class_name}", "class_data_dir": out / f"{class_name}-pictures"}
+    if (folder / trainer.LORA_FILE).exists():  # a benchmark that was stopped goes on
+        return folder
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
     trainer.main(trainer.parse_args(words))
     return folder
@@ -70,7 +72,7 @@ def draw(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> list[Image.
 def measure(subject: str, lora: Path | None, judge: Judge) -> tuple[dict[str, float], list[Image.Image]]:
     """Percentages over 60 + 60 pictures, and the first picture of every place."""
     class_name = SUBJECTS[subject]
-    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora)
