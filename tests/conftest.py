@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,15 +85,8 @@ def pictures(tmp_path_factory) -> Path:
     """Five pictures of different shape and colour."""
     folder = tmp_path_factory.mktemp("pictures")
     for index in range(5):
-        picture = Image.linear_gradient("L").resize((24 + 4 * index, 32))
-        Image.merge(
-            "RGB",
-            [
-                picture,
-                picture.rotate(90 * index, expand=True).resize(picture.size),
-                Image.new("L", picture.size, 50 * index),
-            ],
-        ).save(folder / f"{index}.png")
+        blots = np.random.default_rng(index).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+        Image.fromarray(blots).resize((24 + 4 * index, 32), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     return folder
 
 
