@@ -1,6 +1,6 @@
 """Does it learn the subject, keep the place, and leave the class alone? On the toy world, as a table of numbers.
 
-    python benchmarks/learning.py --out /tmp/learning            # about 20 minutes on two CPU cores
+    python benchmarks/learning.py --out /tmp/learning            # about 45 minutes on two CPU cores
 
 Every row is a training run of train_dreambooth_lora_sdxl.py with the same flags, judged over 60 pictures of prompts
 with the six places and 60 of the class prompt, drawn by diffusers' pipeline with load_lora_weights.
@@ -26,9 +26,9 @@ import train_dreambooth_lora_sdxl as trainer
 
 FLAGS = {
     "resolution": 64,
-    "rank": 8,
-    "learning_rate": 1e-3,
-    "max_train_steps": 400,
+    "rank": 16,
+    "learning_rate": 2e-3,
+    "max_train_steps": 900,
     "train_batch_size": 5,
     "seed": 0,
     "lr_scheduler": "cosine",
@@ -94,7 +94,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("/tmp/learning"))
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", default=["untrained", *METHODS], choices=["untrained", *METHODS])
+    parser.add_argument("--max_train_steps", type=int, default=FLAGS["max_train_steps"])
+    parser.add_argument("--rank", type=int, default=FLAGS["rank"])
+    parser.add_argument("--learning_rate", type=float, default=FLAGS["learning_rate"])
     args = parser.parse_args()
+    FLAGS.update({name: getattr(args, name) for name in ("max_train_steps", "rank", "learning_rate")})
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     judge, rows, pictures = Judge(), [], []

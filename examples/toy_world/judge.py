@@ -2,7 +2,7 @@
 
     python examples/toy_world/judge.py picture.png [picture.png ...]
 
-A small classifier, trained in about a minute on drawn scenes alone; it never sees a picture that a model made. Blur,
+A small classifier, trained in a minute or two on drawn scenes alone; it never sees a picture that a model made. Blur,
 noise and shifts in training keep it from depending on the sharpness of a drawing.
 """
 
