@@ -33,6 +33,7 @@ import bisect
 import difflib
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -206,6 +207,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate was configured with")
     add("--allow_tf32", action=YES_NO, default=False, help="faster float32 products on Ampere cards and later")
     add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
+    add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
     add("--local_rank", type=int, default=-1, help="set by old launchers; accelerate knows the rank without it")
@@ -571,7 +573,7 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
@@ -718,14 +720,75 @@ def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
-class TrainableSDXL(nn.Module):
-    """The UNet and, where they are trained, the text encoders: the one object that is prepared, clipped and saved."""
+class LowRank(torch.autograd.Function):
+    """output + scale * x A^T B^T with half_a and half_b, which are A and B in x's dtype; their gradients are float32.
 
-    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> None:
+    One kernel each for the matrix products, two forward and four backward; peft's own forward casts x, A and B, scales
+    and adds in kernels of their own, and as many again backward, 560 times a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor,
+                scale: float) -> Tensor:
+        """Shapes: output (..., out), x (..., in), A (rank, in), B (out, rank)."""
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = rows.mm(half_a.t())
+        ctx.save_for_backward(rows, hidden, half_a, half_b)
+        ctx.scale, ctx.shape = scale, x.shape
+        flat = output.reshape(-1, output.shape[-1])
+        return torch.addmm(flat, hidden, half_b.t(), alpha=scale).view(output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of output, x, A and B."""
+        rows, hidden, half_a, half_b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        scaled = flat if ctx.scale == 1 else flat * ctx.scale
+        grad_hidden = scaled.mm(half_b)
+        grad_x = grad_hidden.mm(half_a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        grad_a, grad_b = grad_hidden.t().mm(rows), scaled.t().mm(hidden)
+        return grad, grad_x, grad_a.float(), grad_b.float(), None, None, None
+
+
+def low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The same as LowRank in words that torch.compile can fuse."""
+    return output + nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+
+
+def lean_forward(layer: nn.Module, dtype: torch.dtype, compiled: bool) -> tuple[Callable, list[tuple[Tensor, Tensor]]]:
+    """A forward for one of peft's linear layers, and (master, copy) of A and B, where it reads copies in dtype."""
+    base, dropout, scale = layer.base_layer, layer.lora_dropout["default"], layer.scaling["default"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if compiled:
+        return lambda x: low_rank(base(x), dropout(x), a, b, scale), []
+    half_a, half_b = a.detach().to(dtype), b.detach().to(dtype)  # the same storage where dtype is float32
+    copies = [] if dtype == torch.float32 else [(a.detach(), half_a), (b.detach(), half_b)]
+    return lambda x: LowRank.apply(base(x), dropout(x), a, b, half_a, half_b, scale), copies
+
+
+class TrainableSDXL(nn.Module):
+    """The UNet and, where they are trained, the text encoders: the one object that is trained, clipped and saved."""
+
+    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), compiled: bool = False) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.dtype = unet, unet.dtype
         self.text_encoders = nn.ModuleList(text_encoders)
         self.embed = functools.partial(encode_ids, self.text_encoders) if text_encoders else lambda text: text
+        self.trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
+        lean = [lean_forward(layer, self.dtype, compiled) for layer in layers]
+        self.forwards = {layer: forward for layer, (forward, _) in zip(layers, lean, strict=True)}
+        pairs = [pair for _, copies in lean for pair in copies]
+        self.masters, self.copies = [master for master, _ in pairs], [copy for _, copy in pairs]
+        self.run_lean(True)
+
+    def run_lean(self, lean: bool) -> None:
+        """Run the adapters through kernels of their own, or as peft does."""
+        for layer, forward in self.forwards.items():
+            if lean:
+                layer.forward = forward
+            else:
+                vars(layer).pop("forward", None)
 
     def components(self) -> dict[str, nn.Module]:
         """Its parts by the names that diffusers gives them."""
@@ -733,13 +796,26 @@ class TrainableSDXL(nn.Module):
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by name; always float32."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return self.trained
 
     def forward(self, model_input: Tensor, timesteps: Tensor, text: Text, add_time_ids: Tensor) -> Tensor:
-        """Predict the target for noisy latents (B, 4, h, w)."""
+        """Predict the target for noisy latents (B, 4, h, w), computed in the base's dtype."""
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.masters)
         prompt_embeds, pooled_prompt_embeds = self.embed(text)
         added = {"text_embeds": pooled_prompt_embeds, "time_ids": add_time_ids}
-        return self.unet(model_input, timesteps, prompt_embeds, added_cond_kwargs=added).sample
+        return self.unet(model_input.to(self.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
+
+
+def compile_unet(run: Run, unet: UNet2DConditionModel) -> bool:
+    """Compile the UNet in place, whole or each repeated block, if the flag or accelerate says so; returns whether."""
+    plugin, asked = run.accelerator.state.dynamo_plugin, run.args.torch_compile
+    if not asked and plugin.backend.value == "NO":
+        return False
+    options = {**plugin.to_kwargs(), **({"backend": "inductor"} if asked else {})}
+    regional = asked == "regional" if asked else plugin.use_regional_compilation
+    (unet.compile_repeated_blocks if regional else unet.compile)(**options)
+    return True
 
 
 def load_trainable(run: Run) -> TrainableSDXL:
@@ -759,10 +835,10 @@ def load_trainable(run: Run) -> TrainableSDXL:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    model = TrainableSDXL(unet, encoders)
-    for parameter in model.adapters().values():
-        parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
-    return model
+    for parameter in itertools.chain(unet.parameters(), *(encoder.parameters() for encoder in encoders)):
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
+    return TrainableSDXL(unet, encoders, compiled=compile_unet(run, unet))
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -1108,7 +1184,7 @@ def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_s
         encoders = [parameter for name, parameter in model.adapters().items() if not name.startswith("unet.")]
         groups.append({"params": encoders, "lr": args.text_encoder_lr * scale,
                        "weight_decay": args.adam_weight_decay_text_encoder})
-    adamw: Callable = torch.optim.AdamW
+    adamw: Callable = functools.partial(torch.optim.AdamW, fused=True)  # one launch for a thousand small tensors
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as adamw  # noqa: N813 (a second that only this flag costs)
     return adamw(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
@@ -1214,17 +1290,20 @@ class StopSignals:
 
 @contextmanager
 def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
-    """Evaluation mode with the adapters in the base's dtype, as load_lora_weights leaves them; undone afterwards."""
-    adapters, dtype = model.adapters().values(), model.unet.dtype
+    """Evaluation mode, peft's forward, adapters in the base's dtype: what load_lora_weights makes; undone after."""
+    adapters = model.adapters().values()
     exact = [parameter.data for parameter in adapters]
     model.eval()
+    model.run_lean(False)
     try:
         for parameter in adapters:
-            parameter.data = parameter.data.to(dtype)
-        yield
+            parameter.data = parameter.data.to(model.dtype)
+        with torch.compiler.set_stance("force_eager"):  # other shapes would compile everything once more
+            yield
     finally:
         for parameter, data in zip(adapters, exact, strict=True):
             parameter.data = data
+        model.run_lean(True)
         model.train()
 
 
@@ -1357,6 +1436,15 @@ def backward(accelerator: Accelerator, model: nn.Module, objective: Objective, b
     return loss.detach()
 
 
+def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over all ranks: one all-reduce of 4 bytes a trained parameter, once a step."""
+    if accelerator.num_processes > 1:
+        gradients = [adapter.grad for adapter in adapters]
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
 class Outcome(NamedTuple):
     """What a run came to."""
 
@@ -1371,7 +1459,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
     lr_scheduler = make_lr_scheduler(args, optimizer, last)
-    prepared, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: accelerate steps it once a process
+    optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
     state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, run.output)
     step = state.load(checkpoint) if checkpoint else 0
@@ -1387,7 +1475,8 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
         while step < last and not stop.agreed(accelerator):
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
                 torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
-                progress.losses.append(backward(accelerator, prepared, objective, batch_at(n)))
+                progress.losses.append(backward(accelerator, model, objective, batch_at(n)))
+            share_gradients(accelerator, adapters)
             grad_norm = accelerator.clip_grad_norm_(adapters, args.max_grad_norm)
             optimizer.step()
             lr_scheduler.step()
@@ -1580,8 +1669,7 @@ def start(args: argparse.Namespace) -> Run:
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+            log_with=None if args.report_to == "none" else args.report_to, project_config=project)
     except ValueError as error:
         raise UserError(f"--mixed_precision {args.mixed_precision} does not work here ({first_line(error)}); use bf16 "
                         "or no.") from error

@@ -69,23 +69,25 @@ def draw(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> list[Image.
     return images
 
 
-def measure(subject: str, lora: Path | None, judge: Judge) -> tuple[dict[str, float], list[Image.Image]]:
-    """Percentages over 60 + 60 pictures, and the first picture of every place."""
+def measure(
+    subject: str, lora: Path | None, judge: Judge, a_place: int
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """Percentages over that many pictures a place, and as many of the class; and the first picture of every place."""
     class_name = SUBJECTS[subject]
     pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora)
-    images = draw(pipeline, [f"a photo of a sks {class_name} {place}" for place in PLACES for _ in range(10)])
+    images = draw(pipeline, [f"a photo of a sks {class_name} {place}" for place in PLACES for _ in range(a_place)])
     shown = judge(images)
-    kept = judge(draw(pipeline, [f"a photo of a {class_name}"] * 60))
+    kept, count = judge(draw(pipeline, [f"a photo of a {class_name}"] * len(images))), len(images)
     share = {
-        "subject shown": sum(verdict.subjects[subject] > 0.5 for verdict in shown) / 60,
-        "place right": sum(verdict.place == PLACES[i // 10] for i, verdict in enumerate(shown)) / 60,
-        "class shows subject": sum(verdict.subjects[subject] > 0.5 for verdict in kept) / 60,
-        "class right": sum(verdict.class_name == class_name for verdict in kept) / 60,
+        "subject shown": sum(verdict.subjects[subject] > 0.5 for verdict in shown) / count,
+        "place right": sum(verdict.place == PLACES[i // a_place] for i, verdict in enumerate(shown)) / count,
+        "class shows subject": sum(verdict.subjects[subject] > 0.5 for verdict in kept) / count,
+        "class right": sum(verdict.class_name == class_name for verdict in kept) / count,
     }
-    return {name: 100 * value for name, value in share.items()}, images[::10]
+    return {name: 100 * value for name, value in share.items()}, images[::a_place]
 
 
 def main() -> None:
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=FLAGS["max_train_steps"])
     parser.add_argument("--rank", type=int, default=FLAGS["rank"])
     parser.add_argument("--learning_rate", type=float, default=FLAGS["learning_rate"])
+    parser.add_argument("--pictures", type=int, default=10, help="a place; six times as many in all")
     args = parser.parse_args()
     FLAGS.update({name: getattr(args, name) for name in ("max_train_steps", "rank", "learning_rate")})
     args.out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def main() -> None:
     for subject in args.subjects:
         for method in args.methods:
             lora = train(subject, method, args.out) if method != "untrained" else None
-            shares, images = measure(subject, lora, judge)
+            shares, images = measure(subject, lora, judge, args.pictures)
             rows.append((f"{subject}, {method}", shares))
             pictures += images
             print(rows[-1], flush=True)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
+from hub import Hub
 from judge import Judge
 from PIL import Image
 
@@ -33,17 +33,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
 
 
+def run_in(folder: Path, words: list[str], **variables: str) -> subprocess.CompletedProcess:
+    """Run a command as it stands; it must end well."""
+    told = subprocess.run(
+        words, cwd=folder, env={**environment(), **variables}, capture_output=True, text=True, timeout=900
+    )
+    assert told.returncode == 0, told.stderr
+    return told
+
+
 @pytest.fixture(scope="module")
 def quick_start(tmp_path_factory) -> Path:
     """The first command of the README, as it stands, in a copy of the repository's folder."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("examples", "train_dreambooth_lora_sdxl.py"):
         (folder / name).symlink_to(ROOT / name)
-    command = " ".join(map(shlex.quote, QUICK_START[QUICK_START.index("accelerate") :]))
-    told = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
-    )
-    assert told.returncode == 0, told.stderr
+    told = run_in(folder, QUICK_START[QUICK_START.index("accelerate") :])
     assert told.stdout.startswith("Subject") and "Done" in told.stdout and "warn" not in told.stderr.lower()
     return folder
 
@@ -64,10 +69,29 @@ def test_the_quick_start_shows_the_subject_where_it_was_never_shown(quick_start)
     assert sum(verdict.subjects["sks_dog"] > 0.5 for verdict in first) == 0
 
 
-def test_going_on_where_nothing_is_left_to_do(quick_start):
-    words = next(words for words in TRAINING if "--resume_from_checkpoint" in words)
-    config = yaml.safe_load((quick_start / "lora-sks-dog" / trainer.CONFIG_FILE).read_text())
-    assert config["max_train_steps"] == 400 and words[-2:] == ["--resume_from_checkpoint", "latest"]
+def test_going_on_ends_with_the_same_bits(quick_start):
+    """The resume command as it stands, after the run's last hundred steps were lost."""
+    output = quick_start / "lora-sks-dog"
+    before = (output / trainer.LORA_FILE).read_bytes()
+    shutil.rmtree(output / "checkpoint-400")
+    (output / trainer.LORA_FILE).unlink()
+    run_in(quick_start, next(words for words in TRAINING if words[-1] == "latest"))
+    assert (output / trainer.LORA_FILE).read_bytes() == before
+
+
+def test_pushing_what_is_finished(quick_start):
+    """The push command as it stands, to a Hub in this process."""
+    hub = Hub("hf_x")
+    run_in(
+        quick_start,
+        next(words for words in TRAINING if "--push_to_hub" in words),
+        HF_ENDPOINT=hub.endpoint,
+        HF_HUB_OFFLINE="0",
+        HF_TOKEN="hf_x",
+        HF_HOME=str(quick_start / "home"),
+    )
+    pictures = {f"validation/step-000400/0{index}.png" for index in range(4)}
+    assert set(hub.files["you/sks-dog"]) == {trainer.LORA_FILE, "README.md", *pictures}
 
 
 @pytest.mark.parametrize("words", TRAINING, ids=lambda words: " ".join(words)[-40:])

@@ -1,0 +1,33 @@
+"""Every benchmark runs, in a short form; its figures are README's in the long one."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SHORT = {
+    "learning.py": "--methods untrained plain --subjects sks_dog --max_train_steps 2 --pictures 1 --out {}",
+    "step_overhead.py": "--pairs 2",
+}
+
+
+def test_every_benchmark_is_here():
+    written = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert written == {*SHORT, "quick_start_picture.py"}  # the last one's work is README's picture
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_benchmark_runs(name, tmp_path):
+    words = SHORT[name].format(tmp_path).split()
+    told = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+    assert told.returncode == 0, told.stderr
+    assert re.search(r"\d %|\d\.\d %", told.stdout)
