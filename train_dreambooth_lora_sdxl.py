@@ -32,6 +32,7 @@ import argparse
 import bisect
 import difflib
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -48,6 +49,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,7 +64,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 CONFIG_FILE = "training_config.yaml"
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-CACHE_VARIANTS = 8  # views of a picture that are encoded where crop or flip are random
+RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
 
@@ -164,6 +166,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
     add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
     add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
+    add("--cache_latents_dir", metavar="DIR", help="of encoded pictures and prompts; default: cache in --output_dir")
+    add("--cache_variants", type=COUNT, default=8, help="views of a picture where crop or flip are random")
     add("--dataloader_num_workers", type=INDEX, default=0, help="threads that decode pictures while they are cached")
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -346,20 +350,25 @@ def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """The checkpoint to resume from exists, and the output folder can be made and written; it is not left behind."""
-    output = Path(args.output_dir)
-    find_checkpoint(args.resume_from_checkpoint, output)
-    if not IS_FIRST_RANK:  # others would make and remove the same folder at the same moment
-        return
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    """The checkpoint to resume from exists, and what is to be written can be."""
+    find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+    if IS_FIRST_RANK:  # others would make and remove the same folder at the same moment
+        check_writable("--output_dir", Path(args.output_dir))
+        if args.cache_latents_dir:
+            check_writable("--cache_latents_dir", Path(args.cache_latents_dir))
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """A folder can be made and written; it is not left behind. Raises UserError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"--output_dir {output} cannot be written ({error.strerror}); choose another.") from error
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}); choose another.") from error
     finally:
-        for folder in filter(Path.is_dir, missing):
-            folder.rmdir()
+        for path in filter(Path.is_dir, missing):
+            path.rmdir()
 
 
 class Printer(logging.Handler):
@@ -513,10 +522,11 @@ def plan_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epo
     """
     batches = []
     for number_, bucket in enumerate(buckets):
+        bucket_seed = position_seed(seed, number_)
         first, last = (e * len(bucket) // batch_size for e in (epoch, epoch + 1))
         for batch in range(first, last):
             positions = range(batch * batch_size, (batch + 1) * batch_size)
-            batches.append([bucket[endless(len(bucket), position_seed(seed, number_), p)] for p in positions])
+            batches.append([bucket[endless(len(bucket), bucket_seed, p)] for p in positions])
     return [batches[i] for i in shuffled(len(batches), position_seed(seed, "batches"), epoch)]
 
 
@@ -578,8 +588,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipelin
 from diffusers.optimization import get_scheduler
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -609,6 +619,7 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     seed: int
+    store: Store
     scheduler: Any
     zeros_for_empty_prompt: bool  # no negative prompt means zeros, as in SDXL base 1.0
 
@@ -841,6 +852,108 @@ def load_trainable(run: Run) -> TrainableSDXL:
     return TrainableSDXL(unet, encoders, compiled=compile_unet(run, unet))
 
 
+# -------------------------------------------------------------------------------------------------------------- store
+# What is expensive to make is made once and kept under the hash of all that it was made of.
+
+
+@contextmanager
+def written_beside(path: Path, writer: str = "") -> Iterator[Path]:
+    """A file or folder to write that becomes `path` when the block ends well: nothing half-written bears its name.
+
+    Where several processes may write the same file, each needs a name as writer.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}{writer}.tmp")
+    remove(unfinished)  # of a run that was killed
+    try:
+        yield unfinished
+        if path.is_dir():  # a folder cannot be replaced, as a file can
+            remove(path)
+        unfinished.replace(path)
+    finally:
+        remove(unfinished)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def content_key(*parts: object) -> str:
+    """A name for what is made of these parts: bytes, text, numbers."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(b"%d " % len(data))
+        digest.update(data)
+    return digest.hexdigest()[:40]
+
+
+class Store:
+    """Tensors in a folder, by key. A broken file counts as missing; any number of runs may share the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found, self.made, self.broken = 0, 0, 0
+
+    def path(self, key: str) -> Path:
+        """The file of a key."""
+        return self.folder / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether there is a whole file of a key; reads its header only, which says how long it must be."""
+        try:
+            with safe_open(self.path(key), framework="pt"):
+                self.found += 1
+                return True
+        except FileNotFoundError:
+            return False
+        except (OSError, SafetensorError):
+            self.broken += 1
+            return False
+
+    def put(self, key: str, **tensors: Tensor) -> None:
+        """Keep tensors. Raises TrainingError if the disk does not take them."""
+        try:
+            with written_beside(self.path(key), f".{os.getpid()}") as unfinished:
+                unfinished.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"the cache folder {self.folder} cannot be written ({first_line(error)}); free some "
+                                "space or choose another --cache_latents_dir.") from error
+        self.made += 1
+
+    def get(self, key: str, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of a key. Raises TrainingError if they are gone."""
+        try:
+            return {name: tensor.to(device) for name, tensor in load_file(self.path(key)).items()}
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{self.path(key)} was removed or broken while training; start again.") from error
+
+    def report(self) -> str:
+        """What was done, for the summary."""
+        mended = f"; {self.broken} broken files were replaced" if self.broken else ""
+        return f"{self.made} pictures and prompts encoded, {self.found} found in {self.folder}{mended}"
+
+
+def identity(source: Source, part: str) -> str:
+    """What stands for a part's weights in a key: a Hub model's commit, or local files' places, sizes and times."""
+    subfolder = part if source.is_pipeline else ""
+    if Path(source.name).is_dir():
+        files = sorted(path.resolve() for path in Path(source.name, subfolder).iterdir())
+        return content_key(source.variant, *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+    _, commit = AutoencoderKL.load_config(source.name, subfolder=subfolder or None, revision=source.revision,
+                                          cache_dir=source.cache_dir, return_commit_hash=True)
+    return content_key(source.name, part, source.variant, commit)
+
+
+def local_share(count: int, accelerator: Accelerator) -> range:
+    """The numbers below count that this rank works on; the ranks of one machine, which share a disk, do them all."""
+    return range(accelerator.local_process_index, count, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 # --------------------------------------------------------------------------------------------------------------- text
 # Every distinct prompt is tokenized once and, where the encoders are frozen, encoded once; then the encoders are gone.
 
@@ -892,39 +1005,26 @@ class TextTable:
 
 
 def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: torch.dtype) -> TextTable:
-    """Tokenize the prompts, and the empty one, and encode them unless the encoders are to be trained."""
+    """Tokenize the prompts, and the empty one, and encode what the store lacks unless the encoders are trained."""
     distinct = tuple(dict.fromkeys([*filter(None, prompts), ""]))
     ids = tokenize_prompts(run.base, distinct)
     if trained:
         return TextTable(distinct, (ids[0].to(run.device), ids[1].to(run.device)))
-    return TextTable(distinct, encode_prompts(run.base, ids, dtype, run.device))
+    made_by = [identity(run.base, part) for part in TEXT_ENCODERS]
+    keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair)) for pair in zip(*ids, strict=True)]
+    missing = [i for i in local_share(len(keys), run.accelerator) if not run.store.has(keys[i])]
+    if missing:
+        embeds, pooled = encode_prompts(run.base, (ids[0][missing], ids[1][missing]), dtype, run.device)
+        for i, row, pooled_row in zip(missing, embeds, pooled, strict=True):
+            run.store.put(keys[i], embeds=row, pooled=pooled_row)
+    run.accelerator.wait_for_everyone()
+    rows = [run.store.get(key, run.device) for key in keys]
+    return TextTable(distinct, (torch.stack([row["embeds"] for row in rows]),
+                                torch.stack([row["pooled"] for row in rows])))
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
 # Pictures are drawn by diffusers' own pipeline around parts that are there already.
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A file or folder to write that becomes `path` when the block ends well: nothing half-written bears its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    remove(unfinished)  # of a run that was killed
-    try:
-        yield unfinished
-        if path.is_dir():  # a folder cannot be replaced, as a file can
-            remove(path)
-        unfinished.replace(path)
-    finally:
-        remove(unfinished)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -1018,10 +1118,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Cache:
-    """Moments of the latents of all views, and which views, prompt and weight belong to which sample."""
+    """The moments of all views, and which views, prompt and weight belong to which sample."""
 
-    mean: Tensor  # (V, 4, h, w), scaled
-    std: Tensor
+    moments: Callable[[list[int]], tuple[Tensor, Tensor]]  # of views by number: mean and std, each (B, 4, h, w)
     add_time_ids: Tensor  # (V, 6)
     weight: Tensor  # (samples,)
     views: list[list[int]]  # of each sample
@@ -1033,15 +1132,18 @@ class Cache:
         seen = [self.views[row][position_seed(order.seed, "view", n, i) % len(self.views[row])]
                 for i, row in enumerate(rows)]
         text = table.at([self.prompts[row] for row in rows])
-        return Batch(self.mean[seen], self.std[seen], text, self.add_time_ids[seen], self.weight[rows],
-                     order.batch_size)
+        return Batch(*self.moments(seen), text, self.add_time_ids[seen], self.weight[rows], order.batch_size)
 
 
-def view_pixels(picture: Image.Image, view: View, resolution: int) -> Tensor:
-    """Mirror, cut and scale a resized picture: (3, resolution, resolution) in [-1, 1]."""
+def cut_view(picture: Image.Image, view: View, resolution: int) -> np.ndarray:
+    """Mirror and cut a resized picture: (resolution, resolution, 3) bytes."""
     picture = ImageOps.mirror(picture) if view.flip else picture
-    cut = picture.crop((view.left, view.top, view.left + resolution, view.top + resolution))
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1
+    return np.array(picture.crop((view.left, view.top, view.left + resolution, view.top + resolution)))
+
+
+def to_pixels(cut: np.ndarray) -> Tensor:
+    """Bytes (H, W, 3) as (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -1064,47 +1166,80 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     return (mean - shift) * factor, std * factor
 
 
-def views_of(run: Run, number_: int, sample: Sample) -> tuple[tuple[int, int], list[tuple[View, Tensor]]]:
-    """A sample's original width and height, and the pixels of its distinct views."""
+def views_of(run: Run, number_: int, sample: Sample) -> tuple[tuple[int, int], dict[View, np.ndarray]]:
+    """A sample's original width and height, and its distinct views."""
     args = run.args
     picture = load_picture(sample.path)
     interpolation = Image.Resampling[args.image_interpolation_mode.upper()]
     small = picture.resize(resized(picture.size, args.resolution), interpolation)
-    rngs = [random.Random(position_seed(run.seed, "views", number_, variant)) for variant in range(CACHE_VARIANTS)]
-    views = [choose_view(small.size, args.resolution, args.center_crop, args.random_flip, rng) for rng in rngs]
-    return picture.size, [(view, view_pixels(small, view, args.resolution)) for view in dict.fromkeys(views)]
+    seeds = [position_seed(run.seed, "views", number_, variant) for variant in range(args.cache_variants)]
+    views = [choose_view(small.size, args.resolution, args.center_crop, args.random_flip, random.Random(seed))
+             for seed in seeds]
+    return picture.size, {view: cut_view(small, view, args.resolution) for view in dict.fromkeys(views)}
+
+
+Look = tuple[str, tuple[int, ...]]
+"""A view as it is kept: the key of its moments, and its add_time_ids."""
+
+
+def encode_views(run: Run, samples: Sequence[Sample]) -> dict[int, list[Look]]:
+    """The looks of this rank's share of the samples; what the store lacks is encoded, by a VAE loaded if need be."""
+    vae = functools.cache(lambda: load_vae(run.vae, run.dtype, run.device))
+    made_by, resolution, looks = (identity(run.vae, "vae"), run.dtype), run.args.resolution, {}
+    share = local_share(len(samples), run.accelerator)
+    viewed = ahead(lambda i: views_of(run, i, samples[i]), share, run.args.dataloader_num_workers)
+    bar = progress_bar(len(share), "Pictures")
+    for number_, (size, views) in zip(share, viewed, strict=True):
+        looks[number_] = []
+        for view, cut in views.items():
+            key = content_key(*made_by, resolution, cut.tobytes())
+            if not run.store.has(key):
+                mean, std = encode_image(vae(), to_pixels(cut), str(samples[number_].path))
+                run.store.put(key, mean=mean, std=std)
+            looks[number_].append((key, (size[1], size[0], view.top, view.left, resolution, resolution)))
+        bar.update()
+    bar.close()
+    return looks
 
 
 def build_cache(run: Run, samples: Sequence[Sample], table: TextTable) -> Cache:
-    """Encode every view of every sample, each distinct view of a file once."""
-    vae, resolution = load_vae(run.vae, run.dtype, run.device), run.args.resolution
-    looks = functools.partial(views_of, run)
-    moments, time_ids, seen, views = [], [], {}, []
-    looked = ahead(looks, samples, run.args.dataloader_num_workers)
-    for sample, (size, pixels_of_views) in zip(samples, looked, strict=True):
-        for view, pixels in pixels_of_views:
-            if (sample.path, view) not in seen:
-                seen[sample.path, view] = len(moments)
-                moments.append(encode_image(vae, pixels, str(sample.path)))
-                time_ids.append([size[1], size[0], view.top, view.left, resolution, resolution])
-        views.append([seen[sample.path, view] for view, _ in pixels_of_views])
+    """Encode every distinct view of every sample that the store lacks."""
+    looks = {number_: seen for part in gather_object([encode_views(run, samples)]) for number_, seen in part.items()}
+    numbers = {look: i for i, look in enumerate(dict.fromkeys(look for i in sorted(looks) for look in looks[i]))}
     weights = [run.args.prior_loss_weight if sample.is_class else 1.0 for sample in samples]
     return Cache(
-        mean=torch.stack([mean for mean, _ in moments]), std=torch.stack([std for _, std in moments]),
-        add_time_ids=torch.tensor(time_ids, device=run.device, dtype=torch.float32),
-        weight=torch.tensor(weights, device=run.device), views=views,
+        moments=make_moments(run.store, [key for key, _ in numbers], run.device),
+        add_time_ids=torch.tensor([ids for _, ids in numbers], device=run.device, dtype=torch.float32),
+        weight=torch.tensor(weights, device=run.device),
+        views=[[numbers[look] for look in looks[i]] for i in range(len(samples))],
         prompts=[table.prompts.index(sample.prompt) for sample in samples])
 
 
-def ahead(look: Callable, samples: Sequence[Sample], workers: int) -> Iterator[Any]:
-    """Map look(number, sample) with that many threads, a few pictures ahead of the VAE and no more."""
+def make_moments(store: Store, keys: list[str], device: torch.device) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
+    """A function from numbers of views to their moments: a small set stays on the device, a large one on the disk."""
+
+    def read(numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+        found = [store.get(keys[i], device) for i in numbers]
+        return torch.stack([entry["mean"] for entry in found]), torch.stack([entry["std"] for entry in found])
+
+    if len(keys) * store.path(keys[0]).stat().st_size > RESIDENT_BYTES:
+        return read
+    mean, std = read(range(len(keys)))
+    return lambda numbers: (mean[numbers], std[numbers])
+
+
+def ahead(work: Callable[[int], Any], numbers: Sequence[int], workers: int) -> Iterator[Any]:
+    """Map work over numbers with that many threads, a few pictures ahead of the VAE and no more."""
     if not workers:
-        yield from map(look, range(len(samples)), samples)
+        yield from map(work, numbers)
         return
     with ThreadPoolExecutor(workers) as pool:
-        for first in range(0, len(samples), 4 * workers):
-            part = range(first, min(first + 4 * workers, len(samples)))
-            yield from pool.map(look, part, samples[part.start:part.stop])
+        waiting = deque()
+        for number_ in numbers:
+            waiting.append(pool.submit(work, number_))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 # ---------------------------------------------------------------------------------------------------------- objective
@@ -1526,19 +1661,11 @@ def write_lora(path: Path, model: TrainableSDXL) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise TrainingError(f"the adapters are not finite; {path} was not written. A lower --learning_rate helps.")
     with written_beside(path) as unfinished:
-        save_file(tensors, unfinished, metadata)
+        unfinished.write_bytes(save(tensors, metadata))  # save_file makes files that only their owner can read
         with safe_open(unfinished, framework="pt") as file:
             same = set(file.keys()) == set(tensors) and file.metadata() == metadata
             if not same or not all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors):
                 raise TrainingError(f"{path} did not read back as it was written: is the disk failing?")
-        os.chmod(unfinished, 0o666 & ~current_umask())  # safetensors makes files that only their owner can read
-
-
-def current_umask() -> int:
-    """The user's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def public_settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -1682,7 +1809,8 @@ def start(args: argparse.Namespace) -> Run:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
-    return Run(args, accelerator, broadcast_object_list(seed)[0], *load_base_config(base_source(args)))
+    store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
+    return Run(args, accelerator, broadcast_object_list(seed)[0], store, *load_base_config(base_source(args)))
 
 
 def check_xformers(device: torch.device) -> None:
@@ -1734,6 +1862,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = [*(sample.prompt for sample in samples), args.validation_prompt]
     table = build_text(run, prompts, args.train_text_encoder, run.dtype)
     cache = build_cache(run, samples, table)
+    say([("Cache", run.store.report())])
     order = Order(range(len(subject)), range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
     open_output(run)

@@ -45,13 +45,11 @@ def test_every_adapter_arrives_in_the_users_pipeline(train, tiny):
 
 
 def test_trap_17_a_file_that_does_not_read_back_is_not_reported(train, monkeypatch):
-    real = trainer.save_file
-    monkeypatch.setattr(
-        trainer, "save_file", lambda tensors, *rest: real({k: v + 1 for k, v in tensors.items()}, *rest)
-    )
+    real = trainer.save
+    monkeypatch.setattr(trainer, "save", lambda tensors, *rest: real({k: v + 1 for k, v in tensors.items()}, *rest))
     with pytest.raises(trainer.TrainingError, match="did not read back"):
         train()
-    assert not list(Path(train.flags["output_dir"]).rglob("*.safetensors"))
+    assert not list(Path(train.flags["output_dir"]).rglob(trainer.LORA_FILE))
 
 
 def test_files_have_the_users_permissions(train):

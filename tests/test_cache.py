@@ -1,0 +1,163 @@
+"""The cache of encoded pictures and prompts: nothing is encoded twice, and nothing stale is ever used."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+import train_dreambooth_lora_sdxl as trainer
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The names of the pictures and the prompts that were encoded, in order."""
+    told = []
+    encode_image, encode_prompts = trainer.encode_image, trainer.encode_prompts
+
+    def noted_image(vae, pixels, name):
+        told.append(Path(name).name)
+        return encode_image(vae, pixels, name)
+
+    def noted_prompts(source, ids, *rest):
+        told.extend(["prompt"] * len(ids[0]))
+        return encode_prompts(source, ids, *rest)
+
+    monkeypatch.setattr(trainer, "encode_image", noted_image)
+    monkeypatch.setattr(trainer, "encode_prompts", noted_prompts)
+    return told
+
+
+def lora(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / trainer.LORA_FILE)
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    ours, theirs = lora(first), lora(second)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_second_run_encodes_nothing_says_so_and_learns_the_same(train, tmp_path, encoded, capsys):
+    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True}
+    first = train(**flags)
+    assert sorted(encoded) == [*(f"{i}.png" for i in range(5)), "prompt", "prompt"]  # the empty prompt is the second
+    encoded.clear()
+    capsys.readouterr()
+    second = train(**flags, output_dir=tmp_path / "second", log_level="info")
+    assert encoded == [] and "0 pictures and prompts encoded, 7 found" in capsys.readouterr().out
+    assert_equal(first, second)
+
+
+def test_trap_13_a_change_encodes_exactly_what_changed(train, pictures, tiny, tmp_path, encoded):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True, "instance_data_dir": folder}
+    train(**flags)
+    for change, expected in (
+        (lambda: ImageOps.invert(Image.open(folder / "3.png")).save(folder / "3.png"), ["3.png"]),
+        (lambda: flags.update(instance_prompt="a photo of zwx dog"), ["prompt"]),
+        (lambda: flags.update(resolution=24), [f"{i}.png" for i in range(5)]),
+        (lambda: (folder / "3.png").rename(folder / "renamed.png"), []),
+    ):
+        encoded.clear()
+        change()
+        train(**flags)
+        assert encoded == expected
+
+
+def test_trap_13_another_vae_or_precision_makes_a_cache_of_its_own(train, tiny, tmp_path, encoded):
+    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True}
+    train(**flags)
+    vae = trainer.load_part(trainer.Source(str(tiny)), "vae", torch.float32, torch.device("cpu"))
+    vae.decoder.conv_in.weight.data += 1e-3
+    vae.save_pretrained(tmp_path / "vae")
+    encoded.clear()
+    train(**flags, pretrained_vae_model_name_or_path=tmp_path / "vae")
+    assert len(encoded) == 5 and "prompt" not in encoded
+
+
+def test_broken_and_foreign_files_are_replaced_and_said_once(train, tmp_path, encoded, capsys):
+    cache = tmp_path / "cache"
+    flags = {"cache_latents_dir": cache, "center_crop": True}
+    first = train(**flags)
+    broken = sorted(cache.iterdir())
+    broken[0].write_bytes(broken[0].read_bytes()[:-10])
+    broken[1].write_bytes(b"")
+    broken[2].write_text("what is this?")
+    (cache / "notes.txt").write_text("mine")
+    encoded.clear()
+    capsys.readouterr()
+    second = train(**flags, output_dir=tmp_path / "second", log_level="info")
+    told = capsys.readouterr().out
+    assert len(encoded) == 3 and "3 broken files were replaced" in told and told.count("broken files") == 1
+    assert_equal(first, second)
+    assert (cache / "notes.txt").read_text() == "mine"
+
+
+def test_a_large_cache_stays_on_the_disk_and_gives_the_same_rows(train, tmp_path, monkeypatch):
+    first = train(random_flip=True, max_train_steps=4)
+    monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
+    assert_equal(first, train(random_flip=True, max_train_steps=4, output_dir=tmp_path / "second"))
+
+
+def test_variants_are_as_many_as_asked_for(train, tmp_path, encoded):
+    train(random_flip=True, cache_variants=3)
+    pictures = [name for name in encoded if name != "prompt"]
+    assert max(pictures.count(f"{i}.png") for i in range(5)) == 3
+
+
+def test_two_runs_share_a_folder_at_the_same_time(train, tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *train.words(cache_latents_dir=tmp_path / "cache", output_dir=tmp_path / name)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+        )
+        for name in ("one", "two")
+    ]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0]
+    assert_equal(tmp_path / "one", tmp_path / "two")
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_a_full_disk_is_one_sentence(train, monkeypatch):
+    def full(*rest):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save", full)
+    with pytest.raises(trainer.TrainingError, match=r"cache folder .*No space left.*--cache_latents_dir"):
+        train()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused_at_the_door(train, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(trainer.UserError, match="--cache_latents_dir"):
+        train.args(cache_latents_dir=tmp_path / "file" / "cache")
+
+
+def test_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
+    """What the loop holds of a picture is a path, a key and six numbers."""
+    import time
+    import tracemalloc
+
+    store = trainer.Store(tmp_path)
+    keys = [trainer.content_key(i) for i in range(10_000)]
+    row = torch.zeros(4, 128, 128)
+    store.put(keys[0], mean=row, std=row.clone())
+    for key in keys[1:]:
+        os.link(store.path(keys[0]), store.path(key))
+    tracemalloc.start()
+    moments = trainer.make_moments(store, keys, torch.device("cpu"))
+    order = trainer.Order(range(10_000), (), 4, seed=0)
+    begun = time.perf_counter()
+    for n in range(50):
+        assert moments(order.rows(n))[0].shape == (4, 4, 128, 128)
+    assert (time.perf_counter() - begun) / 50 < 0.1
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
