@@ -66,6 +66,7 @@ SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
+ALL_BLOCKS = 10**6  # more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
 
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one that talks, known before torch is
@@ -139,6 +140,11 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
     return parse
 
 
+def blocks(text: str) -> int:
+    """An argparse type: how many blocks are checkpointed."""
+    return ALL_BLOCKS if text == "all" else number(int, 0)(text)
+
+
 COUNT, INDEX = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
@@ -210,7 +216,10 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add = parser.add_argument_group("machine").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate was configured with")
     add("--allow_tf32", action=YES_NO, default=False, help="faster float32 products on Ampere cards and later")
+    add("--base_precision", choices=["auto", "fp8", "int8", "nf4"], default="auto",
+        help="how the frozen UNet's linear layers are stored; auto: in the mixed precision")
     add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
+    add("--checkpoint_blocks", type=blocks, metavar="all|N", help="the same for the UNet's first N blocks only")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
@@ -307,6 +316,8 @@ def check_prior_flags(args: argparse.Namespace) -> None:
 def check_packages(args: argparse.Namespace) -> None:
     """Optional packages that were asked for must be there."""
     needed = {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
+    if args.base_precision == "nf4":
+        needed["--base_precision nf4"] = "bitsandbytes"
     if args.report_to != "none":
         needed[f"--report_to {args.report_to}"] = args.report_to
     for flag, package in needed.items():
@@ -585,12 +596,16 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -619,9 +634,12 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     seed: int
+    base: Source
+    vae: Source
     store: Store
     scheduler: Any
     zeros_for_empty_prompt: bool  # no negative prompt means zeros, as in SDXL base 1.0
+    vae_factor: int  # pixels to a latent
 
     @property
     def output(self) -> Path:
@@ -638,17 +656,6 @@ class Run:
         """What frozen weights are kept in: accelerate's precision, wherever it was configured."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
 
-    @property
-    def base(self) -> Source:
-        """Where the base model's parts come from."""
-        return base_source(self.args)
-
-    @property
-    def vae(self) -> Source:
-        """Where the VAE comes from; the base model's revision and variant do not apply to another VAE."""
-        other = self.args.pretrained_vae_model_name_or_path
-        return Source(other, cache_dir=self.args.cache_dir, is_pipeline=False) if other else self.base
-
 
 PART_CLASSES = {
     "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
@@ -660,11 +667,6 @@ TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text
 def first_line(error: Exception) -> str:
     """What an exception says first."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def base_source(args: argparse.Namespace) -> Source:
-    """Where the base model's parts come from."""
-    return Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
 
 
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
@@ -691,8 +693,8 @@ def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> Autoen
     return vae
 
 
-def load_base_config(source: Source) -> tuple[Any, bool]:
-    """The base model's own scheduler, and whether no negative prompt means zeros; no weights.
+def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
+    """The base model's own scheduler, whether no negative prompt means zeros, pixels to a latent; no weights.
 
     Raises UserError unless the model can be found and is SDXL.
     """
@@ -702,10 +704,14 @@ def load_base_config(source: Source) -> tuple[Any, bool]:
         check_is_sdxl(source.name, index)
         scheduler_class = getattr(diffusers, index["scheduler"][1])
         scheduler = scheduler_class.from_pretrained(source.name, subfolder="scheduler", **keywords)
+        subfolder = "vae" if vae.is_pipeline else None
+        vae_config = AutoencoderKL.load_config(vae.name, subfolder=subfolder, revision=vae.revision,
+                                               cache_dir=vae.cache_dir)
     except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {source.name} cannot be loaded; is it mistyped, private, "
-                        f"or not in the cache while offline? ({first_line(error)})") from error
-    return scheduler, bool(index.get("force_zeros_for_empty_prompt", True))
+        raise UserError(f"--pretrained_model_name_or_path {source.name} or its VAE cannot be loaded; is it mistyped, "
+                        f"private, or not in the cache while offline? ({first_line(error)})") from error
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return scheduler, bool(index.get("force_zeros_for_empty_prompt", True)), factor
 
 
 def lora_config(args: argparse.Namespace, target_modules: list[str] | str) -> peft.LoraConfig:
@@ -818,6 +824,11 @@ class TrainableSDXL(nn.Module):
         return self.unet(model_input.to(self.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
 
 
+def checkpointed(args: argparse.Namespace) -> int:
+    """How many blocks are checkpointed."""
+    return args.checkpoint_blocks if args.checkpoint_blocks is not None else ALL_BLOCKS * args.gradient_checkpointing
+
+
 def compile_unet(run: Run, unet: UNet2DConditionModel) -> bool:
     """Compile the UNet in place, whole or each repeated block, if the flag or accelerate says so; returns whether."""
     plugin, asked = run.accelerator.state.dynamo_plugin, run.args.torch_compile
@@ -829,19 +840,105 @@ def compile_unet(run: Run, unet: UNet2DConditionModel) -> bool:
     return True
 
 
+class PackedProduct(torch.autograd.Function):
+    """A linear layer on a packed weight, which the backward pass unpacks again instead of keeping it unpacked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        """Maps (..., in) to (..., out)."""
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.unpack(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient of x."""
+        return grad @ ctx.layer.unpack(grad.dtype), None
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer whose weight is kept in 8 or 4 bits, and computed with in the dtype of its input.
+
+    fp8 (e4m3) and int8 have a scale an output row; nf4 is that of QLoRA (arXiv:2305.14314), its scales in 8 bits.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: str, device: torch.device) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
+        weight, self.state = linear.weight.detach().to(device), None
+        if precision == "nf4":
+            from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # a second that only this flag costs
+
+            self.dequantize = dequantize_4bit
+            codes, self.state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            scale = None
+        else:
+            largest, storage = (448, torch.float8_e4m3fn) if precision == "fp8" else (127, torch.int8)
+            scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / largest
+            codes = ((weight / scale).round() if precision == "int8" else weight / scale).to(storage)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in)."""
+        if self.state is not None:
+            return self.dequantize(self.codes, self.state).to(dtype)
+        return self.codes.to(dtype).mul_(self.scale)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PackedLinear:
+        """Move nf4's scales along with the codes; nothing here changes its dtype."""
+        super()._apply(fn, recurse)
+        if self.state is not None:
+            self.state.to(self.codes.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in) to (..., out)."""
+        return PackedProduct.apply(x, self)
+
+
+def pack_unet(unet: nn.Module, precision: str, device: torch.device) -> None:
+    """Pack the linear layers of the transformer blocks, one at a time: the device never holds them all unpacked.
+
+    Convolutions and the few layers that embed time and sizes, a seventh of the bytes, stay as they are.
+    """
+    for name, linear in list(unet.named_modules()):
+        if isinstance(linear, nn.Linear) and "attentions." in name and "lora_" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, PackedLinear(linear, precision, device))
+    unet.to(device)
+
+
+def checkpoint_blocks(unet: UNet2DConditionModel, count: int, dropout: float) -> None:
+    """Recompute the activations of the first `count` blocks in the backward pass instead of keeping them."""
+    blocks_ = [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
+    chosen = set(blocks_[:count])
+
+    def call(block: nn.Module, *inputs: Any) -> Any:
+        if block not in chosen:
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
+
+    if count:
+        unet.enable_gradient_checkpointing(call)
+
+
 def load_trainable(run: Run) -> TrainableSDXL:
     """Load what is trained, frozen in the run's dtype, and put float32 adapters on it."""
     args = run.args
     torch.manual_seed(position_seed(run.seed, "adapters"))  # every rank draws the same
-    unet = load_part(run.base, "unet", run.dtype, run.device)
+    packed = args.base_precision != "auto"
+    unet = load_part(run.base, "unet", run.dtype, torch.device("cpu") if packed else run.device)
     unet.add_adapter(lora_config(args, ["to_k", "to_q", "to_v", "to_out.0"]))
+    if packed:
+        pack_unet(unet, args.base_precision, run.device)
     encoders = []
     if args.train_text_encoder:
         encoders = [load_part(run.base, part, run.dtype, run.device) for part in TEXT_ENCODERS]
     for encoder in encoders:
         encoder.add_adapter(lora_config(args, text_encoder_targets(encoder)))
+    checkpoint_blocks(unet, checkpointed(args), args.lora_dropout)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
         for encoder in encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
@@ -1035,37 +1132,70 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Studio:
-    """Draws pictures of one prompt, as StableDiffusionXLPipeline does for a user."""
+    """Draws the latents of pictures of one prompt, as StableDiffusionXLPipeline does for a user."""
 
     unet: nn.Module
-    vae: AutoencoderKL
     scheduler: Any
     embeds: Text  # of the prompt, one row
     negative: Text
     resolution: int
+    factor: int  # pixels to a latent
 
     @torch.no_grad()
-    def draw(self, seeds: Sequence[int]) -> list[Image.Image]:
-        """One picture a seed, all at once."""
+    def draw(self, seeds: Sequence[int]) -> Tensor:
+        """The latents of one picture a seed, all at once: (B, 4, h, w)."""
         pipeline = StableDiffusionXLPipeline(
-            vae=self.vae, unet=self.unet, scheduler=self.scheduler, text_encoder=None, text_encoder_2=None,
+            vae=None, unet=self.unet, scheduler=self.scheduler, text_encoder=None, text_encoder_2=None,
             tokenizer=None, tokenizer_2=None, add_watermarker=False)
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae_scale_factor = self.factor
         prompt_embeds, pooled = (rows.repeat_interleave(len(seeds), 0) for rows in self.embeds)
         negative_embeds, negative_pooled = (rows.repeat_interleave(len(seeds), 0) for rows in self.negative)
         return pipeline(
             prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative_embeds,
             negative_pooled_prompt_embeds=negative_pooled, height=self.resolution, width=self.resolution,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent",
             num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE).images
 
 
-def open_studio(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, vae: AutoencoderKL) -> Studio:
+def open_studio(run: Run, model: TrainableSDXL, table: TextTable, prompt: str) -> Studio:
     """A studio for a prompt with no negative prompt."""
     embeds = model.embed(table.of(prompt))
     zeros = torch.zeros_like(embeds[0]), torch.zeros_like(embeds[1])
     negative = zeros if run.zeros_for_empty_prompt else model.embed(table.of(""))
-    return Studio(model.unet, vae, run.scheduler, embeds, negative, run.args.resolution)
+    return Studio(model.unet, run.scheduler, embeds, negative, run.args.resolution, run.vae_factor)
+
+
+def move_frozen(unet: nn.Module, device: torch.device) -> None:
+    """Move a UNet, but not its adapters, of which others hold the very tensors."""
+    for packed in (module for module in unet.modules() if isinstance(module, PackedLinear)):
+        packed.to(device)
+    for parameter in unet.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
+
+
+@torch.no_grad()
+def decode_latents(run: Run, unet: nn.Module, vae: AutoencoderKL, latents: Iterable[Tensor]) -> list[Image.Image]:
+    """Pictures of latents (B, 4, h, w), as the pipeline makes them, one at a time; the VAE leaves the device after.
+
+    Where memory is short the UNet stands aside meanwhile: tiles would need as little, but change the picture.
+    """
+    config, dtype = vae.config, torch.float32 if vae.config.force_upcast and vae.dtype == torch.float16 else vae.dtype
+    move_frozen(unet, torch.device("cpu") if checkpointed(run.args) else run.device)
+    vae.to(run.device, dtype)
+    pictures = []
+    for row in (row for part in latents for row in part.to(dtype).split(1)):
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, std = (torch.tensor(config[name], device=run.device, dtype=dtype).view(1, -1, 1, 1)
+                         for name in ("latents_mean", "latents_std"))
+            scaled = row * std / config.scaling_factor + mean
+        else:
+            scaled = row / config.scaling_factor
+        pictures += VaeImageProcessor().postprocess(vae.decode(scaled).sample, output_type="pil")
+    vae.to("cpu")
+    move_frozen(unet, run.device)
+    return pictures
 
 
 def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
@@ -1088,12 +1218,13 @@ def make_class_images(run: Run) -> None:
     if share:
         dtype = PRECISIONS.get(args.prior_generation_precision, run.dtype)
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
-        unet, vae = load_part(run.base, "unet", dtype, run.device), load_vae(run.vae, dtype, run.device)
-        studio = open_studio(run, TrainableSDXL(unet), table, args.class_prompt, vae)
+        unet, vae = load_part(run.base, "unet", dtype, run.device), load_part(run.vae, "vae", dtype)
+        studio = open_studio(run, TrainableSDXL(unet), table, args.class_prompt)
         bar = progress_bar(len(share), "Class pictures")
         for first in range(0, len(share), args.sample_batch_size):
             part = share[first:first + args.sample_batch_size]
-            images = studio.draw([position_seed(run.seed, "class picture", index) for index, _ in part])
+            latents = studio.draw([position_seed(run.seed, "class picture", index) for index, _ in part])
+            images = decode_latents(run, unet, vae, [latents])
             for image, (_, path) in zip(images, part, strict=True):
                 save_picture(image, path)
             bar.update(len(part))
@@ -1188,7 +1319,7 @@ def encode_views(run: Run, samples: Sequence[Sample]) -> dict[int, list[Look]]:
     made_by, resolution, looks = (identity(run.vae, "vae"), run.dtype), run.args.resolution, {}
     share = local_share(len(samples), run.accelerator)
     viewed = ahead(lambda i: views_of(run, i, samples[i]), share, run.args.dataloader_num_workers)
-    bar = progress_bar(len(share), "Pictures")
+    bar = progress_bar(len(share), "Pictures", delay=5)
     for number_, (size, views) in zip(share, viewed, strict=True):
         looks[number_] = []
         for view, cut in views.items():
@@ -1451,11 +1582,11 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable
 
     @torch.no_grad()
     def validate(step: int) -> None:
-        vae = load_part(run.vae, "vae", run.dtype, run.device)  # the pipeline upcasts it where it must
         with as_users_load_it(model):
-            studio = open_studio(run, model, table, args.validation_prompt, vae)
-            pictures = [(index, studio.draw([run.seed + index])[0]) for index in share]  # the peak of one at a time
-        pictures = gather_object(pictures)
+            studio = open_studio(run, model, table, args.validation_prompt)
+            latents = [studio.draw([run.seed + index]) for index in share]  # the memory of one at a time
+        images = decode_latents(run, model.unet, load_part(run.vae, "vae", run.dtype), latents)
+        pictures = gather_object(list(zip(share, images, strict=True)))
         if accelerator.is_main_process:
             show_pictures(run, step, [image for _, image in sorted(pictures, key=lambda numbered: numbered[0])])
         accelerator.wait_for_everyone()
@@ -1505,9 +1636,9 @@ def due(step: int, every: int, last: int | None = None) -> bool:
     return step % every == 0 or step == last
 
 
-def progress_bar(total: int, label: str, initial: int = 0) -> tqdm:
+def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> tqdm:
     """A bar on a terminal, a line twice a minute elsewhere, nothing on other ranks or below --log_level info."""
-    return tqdm(total=total, desc=label, initial=initial, mininterval=0.5 if sys.stderr.isatty() else 30,
+    return tqdm(total=total, desc=label, initial=initial, delay=delay, mininterval=0.5 if sys.stderr.isatty() else 30,
                 dynamic_ncols=True, disable=not logger.isEnabledFor(logging.INFO))
 
 
@@ -1810,7 +1941,10 @@ def start(args: argparse.Namespace) -> Run:
         torch.backends.cuda.matmul.allow_tf32 = True
     seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
     store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
-    return Run(args, accelerator, broadcast_object_list(seed)[0], store, *load_base_config(base_source(args)))
+    base = Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    other = args.pretrained_vae_model_name_or_path  # the base model's revision and variant do not apply to it
+    vae = Source(other, cache_dir=args.cache_dir, is_pipeline=False) if other else base
+    return Run(args, accelerator, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae))
 
 
 def check_xformers(device: torch.device) -> None:

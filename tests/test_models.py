@@ -169,9 +169,10 @@ def test_trap_26_force_upcast_is_obeyed(tiny, tmp_path):
     assert load_vae(Source(str(tiny)), torch.float16, torch.device("cpu")).dtype == torch.float16
 
 
-def test_an_own_vae_ignores_the_revision_of_the_base(run):
-    started = run(pretrained_vae_model_name_or_path="owner/vae", revision="refs/pr/1", variant="fp16")
-    assert started.vae == Source("owner/vae", None, None, None, False)
+def test_an_own_vae_ignores_the_revision_of_the_base(run, tiny):
+    other = str(tiny / "vae")
+    started = run(pretrained_vae_model_name_or_path=other, revision="refs/pr/1", variant="fp16")
+    assert started.vae == Source(other, None, None, None, False)
 
 
 def test_a_part_that_cannot_be_loaded_is_named(tmp_path):

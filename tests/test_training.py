@@ -329,6 +329,7 @@ def test_output_of_a_run_is_plan_progress_summary(train):
         "LoRA",
         "Steps",
         "Output",
+        "Cache",
         "Done",
         "LoRA",
         "Pictures",

@@ -1,0 +1,172 @@
+"""What is stored small and computed again: packed weights, checkpointed blocks, tiles, lean adapters."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train_dreambooth_lora_sdxl as trainer
+
+
+def lora(output):
+    return load_file(output / trainer.LORA_FILE)
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("fp8", 0.04), ("int8", 0.012), ("nf4", 0.13)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_computes_nearly_the_same_and_keeps_no_copy_for_backward(precision, worst, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 192, bias=bias).requires_grad_(False)
+    packed = trainer.PackedLinear(linear, precision, torch.device("cpu"))
+    x = torch.randn(64, 256, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        ours = packed(x)
+    assert saved == []
+    theirs = linear(x)
+    weight = packed.unpack(torch.float32)
+    assert (weight - linear.weight).norm() / linear.weight.norm() < worst
+    torch.testing.assert_close(ours, nn.functional.linear(x, weight, linear.bias))
+    grad = torch.randn_like(ours)
+    (ours_grad,) = torch.autograd.grad(ours, x, grad)
+    torch.testing.assert_close(ours_grad, grad @ weight)
+    assert (ours - theirs).norm() / theirs.norm() < worst * 1.5
+
+
+def test_nf4_is_bitsandbytes_own():
+    """Against the library's layer, whose forward and backward run on the CPU too."""
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 64, bias=False).requires_grad_(False)
+    theirs = Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    theirs.load_state_dict(linear.state_dict())
+    theirs.to("cpu")
+    x = torch.randn(8, 128)
+    torch.testing.assert_close(trainer.PackedLinear(linear, "nf4", torch.device("cpu"))(x), theirs(x))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
+def test_lora_over_a_packed_base_trains_validates_resumes_and_reloads(train, tmp_path, tiny, precision):
+    flags = {
+        "base_precision": precision,
+        "mixed_precision": "bf16",
+        "max_train_steps": 4,
+        "validation_prompt": "a dog",
+        "num_validation_images": 1,
+    }
+    whole = train(**flags, checkpointing_steps=2, output_dir=tmp_path / "whole")
+    resumed = train(**flags, output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-2")
+    ours, again = lora(whole), lora(resumed)
+    assert all(torch.equal(ours[name], again[name]) and ours[name].abs().max() > 0 for name in ours)
+    plain = lora(train(**{**flags, "base_precision": "auto"}, output_dir=tmp_path / "plain"))
+    assert set(plain) == set(ours) and not all(torch.equal(ours[name], plain[name]) for name in ours)
+    from diffusers import StableDiffusionXLPipeline
+
+    StableDiffusionXLPipeline.from_pretrained(tiny).load_lora_weights(whole)
+
+
+def test_a_packed_unet_holds_its_linear_layers_in_a_byte_or_half(train):
+    def stored(precision):
+        model = trainer.load_trainable(trainer.start(train.args(base_precision=precision, mixed_precision="bf16")))
+        kinds = [type(module) for module in model.unet.modules()]
+        return kinds.count(trainer.PackedLinear), [n for n, p in model.named_parameters() if "attentions" in n]
+
+    count, left = stored("int8")
+    assert count > 0 and not [
+        name for name in left if name.endswith("weight") and "lora_" not in name and "norm" not in name
+    ]
+    assert stored("auto")[0] == 0
+
+
+@pytest.mark.parametrize("count", ["0", "1", "4", "all"])
+def test_checkpointed_blocks_change_no_bit(train, tmp_path, count):
+    plain = lora(train(output_dir=tmp_path / "plain", lora_dropout=0.2))
+    some = lora(train(output_dir=tmp_path / "some", lora_dropout=0.2, checkpoint_blocks=count))
+    assert all(torch.equal(plain[name], some[name]) for name in plain)
+
+
+def saved_bytes(model, batch, objective) -> int:
+    """Bytes that a forward pass keeps for backward, weights left out."""
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in storages:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trainer.diffusion_loss(model, objective, batch)
+    return sum(kept.values())
+
+
+def test_each_checkpointed_block_keeps_less(train):
+    kept = []
+    for count in (0, 2, 4, "all"):
+        run = trainer.start(train.args(checkpoint_blocks=count))
+        model = trainer.load_trainable(run)
+        model.train()
+        samples = trainer.instance_samples(run.args)
+        table = trainer.build_text(run, [samples[0].prompt], False, torch.float32)
+        batch = trainer.build_cache(run, samples, table).batch(table, trainer.Order(range(5), (), 2, 1), 0)
+        kept.append(saved_bytes(model, batch, trainer.make_objective(run.scheduler)))
+    assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0], kept
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_trap_23_lean_adapters_give_pefts_gradients_without_its_casts(train, scale):
+    """In float32 to rounding; in bfloat16 at least as near to the float32 gradient as peft under autocast comes."""
+    torch.manual_seed(0)
+    x, output = torch.randn(2, 16, 48), torch.randn(2, 16, 32)
+    a, b = torch.randn(4, 48, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    upstream = torch.randn_like(output)
+
+    def gradients(function, dtype):
+        rows = x.to(dtype).requires_grad_()
+        result = function(output.to(dtype), rows)
+        return torch.autograd.grad(result, (rows, a, b), upstream.to(dtype))
+
+    def lean(out, rows):
+        return trainer.LowRank.apply(out, rows, a, b, a.detach().to(rows.dtype), b.detach().to(rows.dtype), scale)
+
+    def peft_forward(out, rows):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rows.dtype == torch.bfloat16):
+            return out + nn.functional.linear(nn.functional.linear(rows.float(), a), b) * scale
+
+    exact = gradients(peft_forward, torch.float32)
+    for ours, theirs in zip(gradients(lean, torch.float32), exact, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs, right in zip(
+        gradients(lean, torch.bfloat16), gradients(peft_forward, torch.bfloat16), exact, strict=True
+    ):
+        assert (ours.float() - right).norm() <= 1.05 * (theirs.float() - right).norm()
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(lean, torch.bfloat16)[1:])
+    torch.testing.assert_close(trainer.low_rank(output, x, a, b, scale), lean(output, x))
+
+
+@pytest.mark.parametrize("precision", ["auto", "nf4"])
+def test_the_unet_stands_aside_while_pictures_are_decoded(train, monkeypatch, precision):
+    """On the CPU both places are one: what is seen is the order of the moves, and that adapters keep their storage."""
+    moves = []
+    monkeypatch.setattr(trainer, "move_frozen", lambda unet, device: moves.append(device.type))
+    flags = {"validation_prompt": "a dog", "num_validation_images": 2, "base_precision": precision}
+    train(**flags, gradient_checkpointing=True)
+    assert moves == ["cpu", "cpu"] * 2
+    monkeypatch.undo()
+    model = trainer.load_trainable(trainer.start(train.args(base_precision=precision, output_dir=train.folder / "b")))
+    places = {name: parameter.data_ptr() for name, parameter in model.adapters().items()}
+    weights = [layer.unpack(torch.float32) for layer in model.modules() if isinstance(layer, trainer.PackedLinear)]
+    trainer.move_frozen(model.unet, torch.device("cpu"))
+    assert places == {name: parameter.data_ptr() for name, parameter in model.adapters().items()}
+    after = [layer.unpack(torch.float32) for layer in model.modules() if isinstance(layer, trainer.PackedLinear)]
+    assert all(torch.equal(one, other) for one, other in zip(weights, after, strict=True))
+
+
+def test_nf4_without_bitsandbytes_is_refused_at_the_door(train, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    with pytest.raises(trainer.UserError, match="--base_precision nf4.*pip install bitsandbytes"):
+        train.args(base_precision="nf4")
