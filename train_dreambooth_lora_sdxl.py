@@ -34,7 +34,6 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -49,11 +48,12 @@ import sys
 import tempfile
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -66,6 +66,7 @@ SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
+GB = 1e9
 ALL_BLOCKS = 10**6  # more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
 
@@ -220,6 +221,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="how the frozen UNet's linear layers are stored; auto: in the mixed precision")
     add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
     add("--checkpoint_blocks", type=blocks, metavar="all|N", help="the same for the UNet's first N blocks only")
+    add("--estimate_memory", action=YES_NO, default=False, help="tell what every phase will take, and stop")
+    add("--vram_budget", type=POSITIVE, metavar="GB", help="choose base precision and checkpointing that fit")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
@@ -605,9 +608,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 Text = tuple[Tensor, Tensor]
 """Rows of text: (prompt_embeds, pooled_prompt_embeds) where the encoders are frozen, else both tokenizers' ids."""
@@ -661,6 +667,7 @@ PART_CLASSES = {
     "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
 }
+UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 
 
@@ -712,12 +719,6 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
                         f"private, or not in the cache while offline? ({first_line(error)})") from error
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     return scheduler, bool(index.get("force_zeros_for_empty_prompt", True)), factor
-
-
-def lora_config(args: argparse.Namespace, target_modules: list[str] | str) -> peft.LoraConfig:
-    """LoRA on some modules."""
-    return peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, lora_dropout=args.lora_dropout,
-                           init_lora_weights="gaussian", target_modules=target_modules)
 
 
 def text_encoder_targets(encoder: nn.Module) -> str:
@@ -906,13 +907,16 @@ def pack_unet(unet: nn.Module, precision: str, device: torch.device) -> None:
         if isinstance(linear, nn.Linear) and "attentions." in name and "lora_" not in name:
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, PackedLinear(linear, precision, device))
-    unet.to(device)
+
+
+def blocks_of(unet: nn.Module) -> list[nn.Module]:
+    """What can be checkpointed, in the order in which it is built: down, up, middle."""
+    return [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, count: int, dropout: float) -> None:
     """Recompute the activations of the first `count` blocks in the backward pass instead of keeping them."""
-    blocks_ = [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
-    chosen = set(blocks_[:count])
+    chosen = set(blocks_of(unet)[:count])
 
     def call(block: nn.Module, *inputs: Any) -> Any:
         if block not in chosen:
@@ -923,29 +927,46 @@ def checkpoint_blocks(unet: UNet2DConditionModel, count: int, dropout: float) ->
         unet.enable_gradient_checkpointing(call)
 
 
-def load_trainable(run: Run) -> TrainableSDXL:
-    """Load what is trained, frozen in the run's dtype, and put float32 adapters on it."""
-    args = run.args
-    torch.manual_seed(position_seed(run.seed, "adapters"))  # every rank draws the same
-    packed = args.base_precision != "auto"
-    unet = load_part(run.base, "unet", run.dtype, torch.device("cpu") if packed else run.device)
-    unet.add_adapter(lora_config(args, ["to_k", "to_q", "to_v", "to_out.0"]))
+def add_adapters(args: argparse.Namespace, part: nn.Module, targets: list[str] | str) -> None:
+    """Put float32 LoRA adapters on a frozen part's modules."""
+    part.add_adapter(peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, target_modules=targets,
+                                     lora_dropout=args.lora_dropout, init_lora_weights="gaussian"))
+    for parameter in part.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
+
+
+def load_unet(run: Run, dtype: torch.dtype, adapted: bool = False) -> UNet2DConditionModel:
+    """The frozen UNet on the device, packed as --base_precision says, with adapters if it is to be trained."""
+    packed = run.args.base_precision != "auto"
+    unet = load_part(run.base, "unet", dtype, torch.device("cpu") if packed else run.device)
+    if adapted:
+        add_adapters(run.args, unet, UNET_TARGETS)  # before packing: peft knows plain linear layers
     if packed:
-        pack_unet(unet, args.base_precision, run.device)
-    encoders = []
-    if args.train_text_encoder:
-        encoders = [load_part(run.base, part, run.dtype, run.device) for part in TEXT_ENCODERS]
-    for encoder in encoders:
-        encoder.add_adapter(lora_config(args, text_encoder_targets(encoder)))
+        pack_unet(unet, run.args.base_precision, run.device)
+    return unet.to(run.device)
+
+
+def recompute(args: argparse.Namespace, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
+    """Switch gradient checkpointing on, as the flags say."""
     checkpoint_blocks(unet, checkpointed(args), args.lora_dropout)
     if args.gradient_checkpointing:
         for encoder in encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_trainable(run: Run) -> TrainableSDXL:
+    """Load what is trained, frozen in the run's dtype, and put float32 adapters on it."""
+    args = run.args
+    torch.manual_seed(position_seed(run.seed, "adapters"))  # every rank draws the same
+    unet, encoders = load_unet(run, run.dtype, adapted=True), []
+    if args.train_text_encoder:
+        encoders = [load_part(run.base, part, run.dtype, run.device) for part in TEXT_ENCODERS]
+    for encoder in encoders:
+        add_adapters(args, encoder, text_encoder_targets(encoder))
+    recompute(args, unet, encoders)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    for parameter in itertools.chain(unet.parameters(), *(encoder.parameters() for encoder in encoders)):
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
     return TrainableSDXL(unet, encoders, compiled=compile_unet(run, unet))
 
 
@@ -1218,7 +1239,7 @@ def make_class_images(run: Run) -> None:
     if share:
         dtype = PRECISIONS.get(args.prior_generation_precision, run.dtype)
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
-        unet, vae = load_part(run.base, "unet", dtype, run.device), load_part(run.vae, "vae", dtype)
+        unet, vae = load_unet(run, dtype), load_part(run.vae, "vae", dtype)
         studio = open_studio(run, TrainableSDXL(unet), table, args.class_prompt)
         bar = progress_bar(len(share), "Class pictures")
         for first in range(0, len(share), args.sample_batch_size):
@@ -1910,6 +1931,197 @@ def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
     return commit.commit_url
 
 
+# ---------------------------------------------------------------------------------------------------- memory estimate
+# The run's phases on tensors that have shapes but no values: the peak of each in bytes, before any weight is loaded.
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and still live, their peak, and the operators called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = self.operators = 0
+        self.living = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operators += "prim" not in func.namespace
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self.note(tensor.untyped_storage())
+        return result
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it dies."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.living:
+            self.living.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        """Stop counting a storage that died."""
+        self.living.discard(key)
+        self.bytes -= size
+
+
+def sketch(source: Source, part: str) -> nn.Module:
+    """A part on the meta device, frozen, from its configuration file alone."""
+    keywords = {"revision": source.revision, "cache_dir": source.cache_dir}
+    keywords |= {"subfolder": part} if source.is_pipeline else {}
+    kind = PART_CLASSES[part]
+    with torch.device("meta"):
+        if part in TEXT_ENCODERS:
+            return kind(CLIPTextConfig.from_pretrained(source.name, **keywords)).requires_grad_(False)
+        return kind.from_config(kind.load_config(source.name, **keywords)).requires_grad_(False)
+
+
+def give_storage(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace a sketch's tensors by fake ones of its size: adapters in float32, the rest in dtype."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = torch.empty(old.shape, dtype=torch.float32 if old.requires_grad else dtype)
+                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        for name, old in module._buffers.items():
+            module._buffers[name] = old if old is None else torch.zeros(old.shape, dtype=old.dtype)
+    return model
+
+
+class Rehearsal:
+    """A run's phases on fake tensors. Each method is a phase; weights, activations, gradients and moments count."""
+
+    def __init__(self, run: Run, encoders: Sequence[nn.Module]) -> None:
+        self.run, self.args, self.encoders, self.meter = run, run.args, encoders, MemoryMeter()
+        self.resolution, self.side = run.args.resolution, run.args.resolution // run.vae_factor
+
+    @functools.cached_property
+    def unet(self) -> nn.Module:
+        """The UNet, made for the phases that need one."""
+        return sketch(self.run.base, "unet")
+
+    def text(self, rows: int) -> Text:
+        """Rows of embeddings."""
+        first, second = (encoder.config for encoder in self.encoders)
+        embeds = torch.empty(rows, first.max_position_embeddings, self.unet.config.cross_attention_dim)
+        return embeds.to(self.run.dtype), torch.empty(rows, second.projection_dim, dtype=self.run.dtype)
+
+    def adapt(self) -> None:
+        """Add the adapters, which fake tensors cannot bear later."""
+        add_adapters(self.args, self.unet, UNET_TARGETS)
+        for encoder in self.encoders if self.args.train_text_encoder else ():
+            add_adapters(self.args, encoder, text_encoder_targets(encoder))
+
+    def packed_unet(self) -> nn.Module:
+        """The UNet as it lies on the device; unpacked it was on the host only."""
+        give_storage(self.unet, self.run.dtype)
+        if self.args.base_precision != "auto":
+            pack_unet(self.unet, self.args.base_precision, torch.device("cpu"))
+        self.meter.peak = self.meter.bytes
+        return self.unet
+
+    def prompts(self) -> None:
+        """Encode one prompt with the larger encoder."""
+        encoder = give_storage(self.encoders[1], self.run.dtype)
+        encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.long), output_hidden_states=True)
+
+    def vae(self) -> AutoencoderKL:
+        """The VAE in the dtype that it needs."""
+        vae = sketch(self.run.vae, "vae")
+        upcast = vae.config.force_upcast and self.run.dtype == torch.float16
+        return give_storage(vae, torch.float32 if upcast else self.run.dtype)
+
+    def pictures(self) -> None:
+        """Encode one picture."""
+        vae = self.vae()
+        vae.encode(torch.empty(1, 3, self.resolution, self.resolution, dtype=vae.dtype))
+
+    def decoding(self) -> None:
+        """Decode one picture; the UNet is there, unless it stands aside."""
+        if not checkpointed(self.args):
+            self.packed_unet()
+        vae = self.vae()
+        vae.decode(torch.empty(1, 4, self.side, self.side, dtype=vae.dtype))
+
+    def drawing(self, rows: int) -> None:
+        """One denoising step of `rows` pictures with guidance."""
+        unet, (embeds, pooled) = self.packed_unet(), self.text(2 * rows)
+        added = {"text_embeds": pooled, "time_ids": torch.empty(2 * rows, 6)}
+        latents = torch.empty(2 * rows, 4, self.side, self.side, dtype=self.run.dtype)
+        unet(latents, torch.tensor(1), embeds, added_cond_kwargs=added)
+
+    @torch.enable_grad()
+    def training(self) -> None:
+        """One optimizer step, the optimizer's moments included."""
+        args, trained = self.args, self.encoders if self.args.train_text_encoder else []
+        for encoder in trained:
+            give_storage(encoder, self.run.dtype)
+        unet = self.packed_unet()
+        recompute(args, unet, trained)
+        model = TrainableSDXL(unet, trained).train()
+        adapters = list(model.adapters().values())
+        moments = [torch.empty_like(adapter, dtype=torch.uint8 if args.use_8bit_adam else None)
+                   for adapter in adapters for _ in range(2)]
+        rows = args.train_batch_size * (1 + args.with_prior_preservation)
+        ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
+        latents, columns = torch.empty(2, rows, 4, self.side, self.side), torch.empty(5, 1000)
+        text = (ids, ids) if trained else self.text(rows)
+        batch = Batch(*latents, text, torch.empty(rows, 6), torch.empty(rows), args.train_batch_size)
+        diffusion_loss(model, Objective(*columns, torch.arange(1000)), batch).backward()
+        norm = torch.nn.utils.get_total_norm([adapter.grad for adapter in adapters])
+        torch.nn.utils.clip_grads_with_norm_(adapters, args.max_grad_norm, norm)
+        del moments
+
+
+@torch.no_grad()
+def estimate_memory(run: Run) -> dict[str, int]:
+    """The peak bytes of each phase that the run will have; no weight is read and no kernel is run."""
+    args, prior = run.args, run.args.with_prior_preservation
+    if args.base_precision == "nf4":
+        PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
+    encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
+    phases: dict[str, tuple[bool, Callable[[Rehearsal], None]]] = {
+        "class pictures": (prior, lambda rehearsal: rehearsal.drawing(args.sample_batch_size)),
+        "latents": (True, Rehearsal.pictures),
+        "validation": (bool(args.validation_prompt), lambda rehearsal: rehearsal.drawing(1)),
+        "decoding": (bool(args.validation_prompt) or prior, Rehearsal.decoding),
+        "training": (True, Rehearsal.training),
+        "prompts": (not args.train_text_encoder, Rehearsal.prompts),
+    }
+    peaks = {}
+    for name, (happens, phase) in phases.items():
+        if happens:
+            rehearsal = Rehearsal(run, encoders)
+            if name == "training":
+                rehearsal.adapt()
+            with FakeTensorMode(allow_non_fake_inputs=True), rehearsal.meter:
+                phase(rehearsal)
+            peaks[name] = rehearsal.meter.peak
+    return peaks
+
+
+LADDER = (("auto", 0.0), ("auto", 0.25), ("auto", 0.5), ("auto", 0.75), ("auto", 1.0), ("int8", 1.0), ("nf4", 1.0))
+"""Ways to make a step smaller, cheapest in time first: base precision, share of the blocks that are checkpointed."""
+
+
+def fit_budget(run: Run, budget: float) -> Run:
+    """The run with the cheapest flags whose phases all fit in that many GB. Raises UserError with what would do."""
+    count = len(blocks_of(sketch(run.base, "unet")))
+    for precision, share in LADDER:
+        blocks_ = round(share * count)
+        chosen = {"base_precision": precision, "checkpoint_blocks": blocks_, "gradient_checkpointing": share == 1}
+        fitted = replace(run, args=argparse.Namespace(**{**vars(run.args), **chosen}))
+        peaks = estimate_memory(fitted)
+        name, largest = max(peaks.items(), key=lambda item: item[1])
+        if largest <= budget * GB:
+            say([("Memory", f"--base_precision {precision} --checkpoint_blocks {blocks_}: the largest phase, {name}, "
+                            f"takes {largest / GB:.2g} of {budget:g} GB")])
+            return fitted
+    raise UserError(f"--vram_budget {budget:g} is too small: with all that saves memory the largest phase, {name}, "
+                    f"takes {largest / GB:.2g} GB; a smaller --resolution or --train_batch_size helps.")
+
+
 # -------------------------------------------------------------------------------------------------------------- entry
 # The phases, in the order in which they happen.
 
@@ -1981,10 +2193,24 @@ def say_plan(run: Run, schedule: Schedule, pictures: int) -> None:
     ])
 
 
+def say_estimate(run: Run) -> None:
+    """Tell the peak bytes of each phase and of the run, computed."""
+    peaks = estimate_memory(run)
+    largest = max(peaks, key=peaks.get)
+    say([(f"{name:15}", f"{peak / GB:8.3f} GB") for name, peak in peaks.items()])
+    logger.info("At most %.3f GB of tensors, while %s (computed); a GPU's own context and workspaces come on top.",
+                peaks[largest] / GB, largest)
+
+
 def main(args: argparse.Namespace) -> None:
     """Train as args say: the table of contents."""
     started = time.perf_counter()
     run = start(args)
+    run = fit_budget(run, args.vram_budget) if args.vram_budget else run
+    args = run.args
+    if args.estimate_memory:
+        say_estimate(run)
+        return
     objective = make_objective(run.scheduler, args.snr_gamma, run.device)
     repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
     subject = instance_samples(args)

@@ -1,7 +1,11 @@
 """What is stored small and computed again: packed weights, checkpointed blocks, tiles, lean adapters."""
 
+import gc
+import shutil
+
 import pytest
 import torch
+from conftest import ROOT, full_size_configuration
 from safetensors.torch import load_file
 from torch import nn
 
@@ -170,3 +174,90 @@ def test_nf4_without_bitsandbytes_is_refused_at_the_door(train, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
     with pytest.raises(trainer.UserError, match="--base_precision nf4.*pip install bitsandbytes"):
         train.args(base_precision="nf4")
+
+
+MATRIX = {
+    "plain": {},
+    "batch 4, bf16": {"train_batch_size": 4, "mixed_precision": "bf16"},
+    "half of the blocks": {"checkpoint_blocks": 10},
+    "all blocks, text encoders": {"gradient_checkpointing": True, "train_text_encoder": True},
+    "nf4": {"base_precision": "nf4", "mixed_precision": "bf16", "rank": 16},
+    "int8, prior": {"base_precision": "int8", "mixed_precision": "bf16", "with_prior_preservation": True},
+}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_the_estimate_is_what_happens(train, tmp_path, name):
+    """The toy world's model: a real training step's tensors, counted as they are made, within 5 %."""
+    toy = ROOT / "examples" / "toy_world"
+    flags = {"pretrained_model_name_or_path": toy / "model", "instance_data_dir": toy / "subjects" / "sks_dog"}
+    flags |= {"resolution": 64, "train_batch_size": 1, **MATRIX[name]}
+    if "with_prior_preservation" in flags:
+        flags |= {"class_data_dir": tmp_path, "class_prompt": "a dog"}
+        shutil.copy(toy / "subjects" / "sks_dog" / "0.png", tmp_path)
+    run = trainer.start(train.args(**flags))
+    predicted = trainer.estimate_memory(run)["training"]
+    subject = trainer.instance_samples(run.args)
+    samples = subject + trainer.class_samples(run.args)
+    table = trainer.build_text(run, {sample.prompt for sample in samples}, run.args.train_text_encoder, run.dtype)
+    cache = trainer.build_cache(run, samples, table)
+    order = trainer.Order(range(5), range(5, len(samples)), flags["train_batch_size"], 1)
+    objective = trainer.make_objective(run.scheduler)
+    with trainer.MemoryMeter() as meter:
+        model = trainer.load_trainable(run).train()
+        gc.collect()
+        meter.peak = meter.bytes
+        trainer.diffusion_loss(model, objective, cache.batch(table, order, 0)).backward()
+        trainer.make_optimizer(run.args, model, 1).step()
+    weights = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    assert meter.peak > weights
+    assert abs(predicted / meter.peak - 1) < 0.05, (predicted, meter.peak)
+
+
+def test_the_estimate_of_the_full_size_model(train, tmp_path):
+    """SDXL's own configuration, no weights: the targets for a whole run at 1024 px, batch 1, rank 4."""
+    base = full_size_configuration(tmp_path)
+    peaks = {}
+    for name, flags in {
+        "half": {"gradient_checkpointing": True},
+        "int8": {"gradient_checkpointing": True, "base_precision": "int8"},
+        "nf4": {"gradient_checkpointing": True, "base_precision": "nf4"},
+        "kept": {},
+    }.items():
+        run = trainer.start(
+            train.args(
+                pretrained_model_name_or_path=base,
+                mixed_precision="bf16",
+                resolution=1024,
+                train_batch_size=1,
+                validation_prompt="x",
+                **flags,
+            )
+        )
+        peaks[name] = max(trainer.estimate_memory(run).values()) / 1e9
+    assert peaks["half"] <= 6.0 and peaks["int8"] <= 4.0 and peaks["nf4"] <= 3.2 and peaks["kept"] <= 11.0, peaks
+
+
+def test_estimate_and_budget_on_the_command_line(train, tmp_path):
+    told = train.shell(estimate_memory=True, log_level="info", validation_prompt="a dog")
+    assert told.returncode == 0, told.stderr
+    assert [line.split()[0] for line in told.stdout.splitlines()] == [
+        "latents",
+        "validation",
+        "decoding",
+        "training",
+        "prompts",
+        "At",
+    ]
+    assert not (tmp_path / "out").exists()
+    told = train.shell(vram_budget=0.000001)
+    assert (
+        told.returncode == 2 and "--vram_budget 1e-06 is too small" in told.stderr and "Traceback" not in told.stderr
+    )
+
+
+def test_a_budget_chooses_the_cheapest_flags_that_fit(train):
+    run = trainer.start(train.args(train_batch_size=4))
+    ample, tight = (trainer.fit_budget(run, budget / 1e9).args for budget in (1e9, 2.2e6))
+    assert (ample.base_precision, ample.checkpoint_blocks) == ("auto", 0)
+    assert tight.checkpoint_blocks > 0

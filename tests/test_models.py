@@ -19,7 +19,6 @@ from train_dreambooth_lora_sdxl import (
     load_part,
     load_trainable,
     load_vae,
-    lora_config,
     lora_tensors,
     start,
     text_encoder_targets,
@@ -108,7 +107,7 @@ def test_full_size_counts(run):
             sample_size=128,
         )
         unet.requires_grad_(False)
-        unet.add_adapter(lora_config(run().args, ["to_k", "to_q", "to_v", "to_out.0"]))
+        trainer.add_adapters(run().args, unet, trainer.UNET_TARGETS)
         text = PART_CLASSES["text_encoder"].config_class(num_hidden_layers=12)
         encoder = PART_CLASSES["text_encoder"](text)
     trained = [p for p in unet.parameters() if p.requires_grad]
