@@ -36,7 +36,7 @@ FLAGS = {
     "report_to": "none",
     "checkpointing_steps": 10_000,
 }
-PRIOR = {"with_prior_preservation": True, "num_class_images": 60, "sample_batch_size": 10}
+PRIOR = {"with_prior_preservation": True, "num_class_images": 100, "sample_batch_size": 10}
 METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-4}}
 
 
