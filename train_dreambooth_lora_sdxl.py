@@ -682,8 +682,7 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     if source.is_pipeline:
         keywords["subfolder"] = part
     if dtype is not None:
-        dtype_keyword = "dtype" if part in TEXT_ENCODERS else "torch_dtype"  # transformers', and diffusers'
-        keywords |= {"variant": source.variant, "use_safetensors": True, dtype_keyword: dtype}
+        keywords |= {"variant": source.variant, "use_safetensors": True, "dtype": dtype}
     try:
         loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -738,34 +737,42 @@ def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
+class Halves(NamedTuple):
+    """Copies of A (rank, in) and B (out, rank) in the dtype that is computed in, and their transposes, made once."""
+
+    a: Tensor
+    b: Tensor
+    a_t: Tensor
+    b_t: Tensor
+
+
 class LowRank(torch.autograd.Function):
-    """output + scale * x A^T B^T with half_a and half_b, which are A and B in x's dtype; their gradients are float32.
+    """output + scale * x A^T B^T, computed with copies of A and B in x's dtype; their gradients are float32.
 
     One kernel each for the matrix products, two forward and four backward; peft's own forward casts x, A and B, scales
     and adds in kernels of their own, and as many again backward, 560 times a step.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor,
-                scale: float) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, halves: Halves, scale: float) -> Tensor:
         """Shapes: output (..., out), x (..., in), A (rank, in), B (out, rank)."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows.mm(half_a.t())
-        ctx.save_for_backward(rows, hidden, half_a, half_b)
-        ctx.scale, ctx.shape = scale, x.shape
+        hidden = rows.mm(halves.a_t)
+        ctx.save_for_backward(rows, hidden)
+        ctx.halves, ctx.scale, ctx.shape = halves, scale, x.shape
         flat = output.reshape(-1, output.shape[-1])
-        return torch.addmm(flat, hidden, half_b.t(), alpha=scale).view(output.shape)
+        return torch.addmm(flat, hidden, halves.b_t, alpha=scale).view(output.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of output, x, A and B."""
-        rows, hidden, half_a, half_b = ctx.saved_tensors
+        rows, hidden = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         scaled = flat if ctx.scale == 1 else flat * ctx.scale
-        grad_hidden = scaled.mm(half_b)
-        grad_x = grad_hidden.mm(half_a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        grad_hidden = scaled.mm(ctx.halves.b)
+        grad_x = grad_hidden.mm(ctx.halves.a).view(ctx.shape) if ctx.needs_input_grad[1] else None
         grad_a, grad_b = grad_hidden.t().mm(rows), scaled.t().mm(hidden)
-        return grad, grad_x, grad_a.float(), grad_b.float(), None, None, None
+        return grad, grad_x, grad_a.float(), grad_b.float(), None, None
 
 
 def low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -780,8 +787,9 @@ def lean_forward(layer: nn.Module, dtype: torch.dtype, compiled: bool) -> tuple[
     if compiled:
         return lambda x: low_rank(base(x), dropout(x), a, b, scale), []
     half_a, half_b = a.detach().to(dtype), b.detach().to(dtype)  # the same storage where dtype is float32
+    halves = Halves(half_a, half_b, half_a.t(), half_b.t())
     copies = [] if dtype == torch.float32 else [(a.detach(), half_a), (b.detach(), half_b)]
-    return lambda x: LowRank.apply(base(x), dropout(x), a, b, half_a, half_b, scale), copies
+    return lambda x: LowRank.apply(base(x), dropout(x), a, b, halves, scale), copies
 
 
 class TrainableSDXL(nn.Module):
@@ -1869,7 +1877,7 @@ Use `{trigger}` in your prompt.
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-{vae_line}pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}{vae_argument}, torch_dtype=torch.float16)
+{vae_line}pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}{vae_argument}, dtype=torch.float16)
 pipeline.to("cuda").load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
 image = pipeline({prompt!r}, num_inference_steps=25).images[0]
 ```
@@ -1901,7 +1909,7 @@ def write_card(run: Run, repo: str, step: int, pictures: int) -> list[Path]:
         repo=repo, trigger=args.instance_prompt.replace("`", "'"),
         prompt=args.validation_prompt or args.instance_prompt,
         parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
-        vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=torch.float16)\n" if vae else "",
+        vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)\n" if vae else "",
         vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's own", command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
     with written_beside(run.output / "README.md") as unfinished:

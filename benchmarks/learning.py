@@ -69,12 +69,10 @@ def draw(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> list[Image.
     return images
 
 
-def measure(
-    subject: str, lora: Path | None, judge: Judge, a_place: int
-) -> tuple[dict[str, float], list[Image.Image]]:
+def measure(subject: str, lora: Path | None, judge: Judge, a_place: int) -> tuple[dict[str, float], list[Image.Image]]:
     """Percentages over that many pictures a place, and as many of the class; and the first picture of every place."""
     class_name = SUBJECTS[subject]
-    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora)

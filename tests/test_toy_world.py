@@ -45,7 +45,7 @@ def test_the_judge_knows_the_subjects_and_is_not_fooled_by_their_colour(judge):
 
 
 def test_the_model_draws_what_it_is_told(judge):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     told = [(CLASSES[i % 5], list(COLOURS)[i % 7], PLACES[i // 2 % 6]) for i in range(200)]
     images = []

@@ -163,7 +163,7 @@ def test_trap_10_validation_draws_what_a_user_draws(train, tiny, precision, enco
         lora_alpha=8,
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        tiny, torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+        tiny, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
     for step, loaded in ((0, False), (3, True)):
