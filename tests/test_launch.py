@@ -84,3 +84,24 @@ def test_traps_7_31_34_two_processes_equal_one_with_twice_the_accumulation(train
     assert worst < 1e-4, worst  # class pictures of another batch may differ by a grey level
     assert len(list((tmp_path / "two" / "validation").rglob("*.png"))) == 6
     assert (tmp_path / "two" / "checkpoint-4" / "state.pt").exists()
+
+
+def test_gradients_are_shared_in_one_flat_tensor_of_four_bytes_a_parameter(train):
+    """Once a step, whatever the accumulation; the frozen base is neither wrapped nor sent."""
+    model = trainer.load_trainable(trainer.start(train.args(mixed_precision="bf16")))
+    adapters = list(model.adapters().values())
+    for number, adapter in enumerate(adapters):
+        adapter.grad = torch.full_like(adapter, number)
+    sent = []
+
+    class TwoRanks:
+        num_processes = 2
+
+        def reduce(self, tensor, reduction):
+            sent.append(tensor.nbytes)
+            assert reduction == "mean" and tensor.dtype == torch.float32
+            return tensor / 2
+
+    trainer.share_gradients(TwoRanks(), adapters)
+    assert sent == [4 * sum(adapter.numel() for adapter in adapters)]
+    assert all((adapter.grad == number / 2).all() for number, adapter in enumerate(adapters))
