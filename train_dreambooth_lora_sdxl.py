@@ -632,6 +632,11 @@ class Source(NamedTuple):
     cache_dir: str | None = None
     is_pipeline: bool = True
 
+    def keywords(self, part: str) -> dict[str, Any]:
+        """What every loader of a part needs beside the name."""
+        place = {"subfolder": part} if self.is_pipeline else {}
+        return {"revision": self.revision, "cache_dir": self.cache_dir, **place}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -678,9 +683,7 @@ def first_line(error: Exception) -> str:
 
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     """Load one part of a pipeline in its final dtype, frozen, on its device. Raises UserError naming the model."""
-    keywords: dict[str, Any] = {"revision": source.revision, "cache_dir": source.cache_dir}
-    if source.is_pipeline:
-        keywords["subfolder"] = part
+    keywords = source.keywords(part)
     if dtype is not None:
         keywords |= {"variant": source.variant, "use_safetensors": True, "dtype": dtype}
     try:
@@ -704,15 +707,12 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
 
     Raises UserError unless the model can be found and is SDXL.
     """
-    keywords = {"revision": source.revision, "cache_dir": source.cache_dir}
     try:
-        index = DiffusionPipeline.load_config(source.name, **keywords)
+        index = DiffusionPipeline.load_config(source.name, revision=source.revision, cache_dir=source.cache_dir)
         check_is_sdxl(source.name, index)
         scheduler_class = getattr(diffusers, index["scheduler"][1])
-        scheduler = scheduler_class.from_pretrained(source.name, subfolder="scheduler", **keywords)
-        subfolder = "vae" if vae.is_pipeline else None
-        vae_config = AutoencoderKL.load_config(vae.name, subfolder=subfolder, revision=vae.revision,
-                                               cache_dir=vae.cache_dir)
+        scheduler = scheduler_class.from_pretrained(source.name, **source.keywords("scheduler"))
+        vae_config = AutoencoderKL.load_config(vae.name, **vae.keywords("vae"))
     except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
         raise UserError(f"--pretrained_model_name_or_path {source.name} or its VAE cannot be loaded; is it mistyped, "
                         f"private, or not in the cache while offline? ({first_line(error)})") from error
@@ -1066,12 +1066,10 @@ class Store:
 
 def identity(source: Source, part: str) -> str:
     """What stands for a part's weights in a key: a Hub model's commit, or local files' places, sizes and times."""
-    subfolder = part if source.is_pipeline else ""
     if Path(source.name).is_dir():
-        files = sorted(path.resolve() for path in Path(source.name, subfolder).iterdir())
+        files = sorted(path.resolve() for path in Path(source.name, part if source.is_pipeline else "").iterdir())
         return content_key(source.variant, *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
-    _, commit = AutoencoderKL.load_config(source.name, subfolder=subfolder or None, revision=source.revision,
-                                          cache_dir=source.cache_dir, return_commit_hash=True)
+    _, commit = AutoencoderKL.load_config(source.name, return_commit_hash=True, **source.keywords(part))
     return content_key(source.name, part, source.variant, commit)
 
 
@@ -1976,9 +1974,7 @@ class MemoryMeter(TorchDispatchMode):
 
 def sketch(source: Source, part: str) -> nn.Module:
     """A part on the meta device, frozen, from its configuration file alone."""
-    keywords = {"revision": source.revision, "cache_dir": source.cache_dir}
-    keywords |= {"subfolder": part} if source.is_pipeline else {}
-    kind = PART_CLASSES[part]
+    kind, keywords = PART_CLASSES[part], source.keywords(part)
     with torch.device("meta"):
         if part in TEXT_ENCODERS:
             return kind(CLIPTextConfig.from_pretrained(source.name, **keywords)).requires_grad_(False)

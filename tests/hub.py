@@ -108,6 +108,15 @@ class Hub:
             return self.send(
                 request, 200, {"commitOid": "1" * 40, "commitUrl": f"{self.endpoint}/{repo}/commit/{'1' * 40}"}
             )
+        if rest[:1] == ["tree"]:
+            under = "/".join(rest[2:])
+            found = [name for name in self.files[repo] if name.startswith(under + "/" if under else "")]
+            if not found:
+                return self.send(request, 404, {"error": under}, X_Error_Code="EntryNotFound")
+            sizes = {name: len(self.files[repo][name]) for name in found}
+            return self.send(
+                request, 200, [{"type": "file", "path": name, "size": sizes[name], "oid": "2" * 40} for name in found]
+            )
         siblings = [{"rfilename": name} for name in self.files[repo]]
         return self.send(
             request, 200, {"id": repo, "sha": "1" * 40, "siblings": siblings, "private": bool(self.private[repo])}

@@ -114,3 +114,21 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub):
     assert told.returncode == 1 and "hf upload me/dog" in told.stderr and "Traceback" not in told.stderr
     assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
     assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
+
+
+def test_a_base_model_of_the_hub(train, hub, tiny):
+    """Downloaded once, pinned by its commit; a second run is offline and encodes nothing."""
+    hub.files["me/tiny"] = {
+        path.relative_to(tiny).as_posix(): path.read_bytes() for path in tiny.rglob("*") if path.is_file()
+    }
+    hub.private["me/tiny"] = False
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(train.folder / "home")}
+    flags = {"pretrained_model_name_or_path": "me/tiny", "log_level": "info", "center_crop": True}
+    told = train.shell(env={**env, "HF_HUB_OFFLINE": "0"}, **flags)
+    assert told.returncode == 0, told.stderr
+    assert "7 pictures and prompts encoded" in told.stdout
+    told = train.shell(env={**env, "HF_HUB_OFFLINE": "1"}, **flags)
+    assert told.returncode == 0, told.stderr
+    assert "0 pictures and prompts encoded, 7 found" in told.stdout
+    told = train.shell(env={**env, "HF_HUB_OFFLINE": "0"}, **{**flags, "pretrained_model_name_or_path": "me/absent"})
+    assert told.returncode == 2 and "me/absent" in told.stderr and "Traceback" not in told.stderr
