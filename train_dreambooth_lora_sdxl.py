@@ -2184,12 +2184,13 @@ def say_plan(run: Run, schedule: Schedule, pictures: int) -> None:
     """Tell what is about to happen: what, how many, how long, where it goes."""
     args = run.args
     precision = run.accelerator.mixed_precision.replace("no", "fp32")
+    packed = "" if args.base_precision == "auto" else f", its linear layers in {args.base_precision},"
     passes = schedule.total_steps / schedule.steps_per_epoch
     of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
     say([
         ("Subject", f'{pictures} pictures in {args.instance_data_dir}: "{args.instance_prompt}"'),
         ("Class", of_class if args.with_prior_preservation else ""),
-        ("Base", f"{args.pretrained_model_name_or_path} in {precision} on {run.device}"),
+        ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"),
         ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
         ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
                   f"{passes:.0f} passes; seed {run.seed}"),

@@ -43,7 +43,7 @@ def assert_equal(first: Path, second: Path) -> None:
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_second_run_encodes_nothing_says_so_and_learns_the_same(train, tmp_path, encoded, capsys):
+def test_trap_19_a_second_run_encodes_nothing_says_so_and_learns_the_same(train, tmp_path, encoded, capsys):
     flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True}
     first = train(**flags)
     assert sorted(encoded) == [*(f"{i}.png" for i in range(5)), "prompt", "prompt"]  # the empty prompt is the second
@@ -141,7 +141,7 @@ def test_a_cache_folder_that_cannot_be_written_is_refused_at_the_door(train, tmp
         train.args(cache_latents_dir=tmp_path / "file" / "cache")
 
 
-def test_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
+def test_trap_24_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
     """What the loop holds of a picture is a path, a key and six numbers."""
     import time
     import tracemalloc

@@ -44,3 +44,12 @@ def test_the_flag_compiles_with_inductor(train, tmp_path):
     assert shutil.which("g++") or shutil.which("clang++"), "inductor needs a C++ compiler on the CPU"
     compiled = train(**FLAGS, torch_compile="regional", mixed_precision="bf16", output_dir=tmp_path / "compiled")
     assert all(torch.isfinite(tensor).all() and tensor.abs().max() > 0 for tensor in lora(compiled).values())
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_packed_base_compiles_too(train, tmp_path, monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    flags = {**FLAGS, "base_precision": precision, "max_train_steps": 2, "gradient_checkpointing": True}
+    compiled = train(**flags, output_dir=tmp_path / "compiled")
+    monkeypatch.undo()
+    assert worst_difference(lora(compiled), lora(train(**flags, output_dir=tmp_path / "plain"))) < 1e-4

@@ -47,7 +47,7 @@ def assert_nowhere(token: str, folder: Path, *told: str) -> None:
     assert all(token not in text for text in told)
 
 
-def test_trap_35_only_lora_card_and_pictures_are_uploaded_and_the_token_is_nowhere(train, hub):
+def test_traps_35_36_only_lora_card_and_pictures_are_uploaded_and_the_token_is_nowhere(train, hub):
     told = push(train, hub, hub_token=TOKEN, hub_model_id="me/dog", hub_private_repo=True)
     assert told.returncode == 0, told.stderr
     assert set(hub.files["me/dog"]) == {trainer.LORA_FILE, "README.md", "validation/step-000002/00.png"}

@@ -267,3 +267,44 @@ def test_a_budget_chooses_the_cheapest_flags_that_fit(train):
     ample, tight = (trainer.fit_budget(run, budget / 1e9).args for budget in (1e9, 2.2e6))
     assert (ample.base_precision, ample.checkpoint_blocks) == ("auto", 0)
     assert tight.checkpoint_blocks > 0
+
+
+def test_the_plan_says_how_the_base_is_stored(train, capsys):
+    train(base_precision="nf4", log_level="info", max_train_steps=1)
+    assert "its linear layers in nf4" in capsys.readouterr().out
+
+
+def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
+    """The loss of thirty steps on the toy subject, with the same noise: nobody is left behind by more than a tenth."""
+    toy, losses = ROOT / "examples" / "toy_world", {}
+    for precision in ("auto", "fp8", "int8", "nf4"):
+        run = trainer.start(
+            train.args(
+                pretrained_model_name_or_path=toy / "model",
+                instance_data_dir=toy / "subjects" / "sks_dog",
+                instance_prompt="a photo of a sks dog",
+                resolution=64,
+                train_batch_size=5,
+                mixed_precision="bf16",
+                base_precision=precision,
+            )
+        )
+        samples = trainer.instance_samples(run.args)
+        table = trainer.build_text(run, [samples[0].prompt], False, run.dtype)
+        cache = trainer.build_cache(run, samples, table)
+        order, objective = trainer.Order(range(5), (), 5, 0), trainer.make_objective(run.scheduler)
+        model = trainer.load_trainable(run).train()
+        optimizer = trainer.make_optimizer(run.args, model, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3
+        seen = []
+        for n in range(30):
+            torch.manual_seed(n)
+            loss = trainer.diffusion_loss(model, objective, cache.batch(table, order, n))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        losses[precision] = sum(seen[-15:]) / 15, sum(seen[:5]) / 5
+    whole = losses["auto"][0]
+    assert all(abs(last / whole - 1) < 0.1 for last, _ in losses.values()), losses

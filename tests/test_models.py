@@ -260,3 +260,16 @@ def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
 def test_trap_25_embeddings_need_no_gradients(run):
     table = build_text(run(), ["a dog"], trained=False, dtype=torch.float32)
     assert not any(rows.requires_grad for rows in table.rows)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_trap_22_a_part_is_loaded_in_its_final_dtype(tiny, part, monkeypatch):
+    """The loaders are told the dtype, so that no float32 copy is ever made: nothing is cast afterwards."""
+    casts = []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, *rest, **words: casts.append(rest) or to(self, *rest, **words)
+    )
+    model = load_part(Source(str(tiny)), part, torch.bfloat16, torch.device("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(isinstance(value, torch.dtype) for rest in casts for value in rest)
