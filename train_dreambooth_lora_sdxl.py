@@ -67,7 +67,7 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
 GB = 1e9
-ALL_BLOCKS = 10**6  # more than any UNet has
+AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
 
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one that talks, known before torch is
@@ -143,7 +143,7 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
 
 def blocks(text: str) -> int:
     """An argparse type: how many blocks are checkpointed."""
-    return ALL_BLOCKS if text == "all" else number(int, 0)(text)
+    return {"auto": AUTO_BLOCKS, "all": ALL_BLOCKS}.get(text) or number(int, 0)(text)
 
 
 COUNT, INDEX = number(int, 1), number(int, 0)
@@ -220,7 +220,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--base_precision", choices=["auto", "fp8", "int8", "nf4"], default="auto",
         help="how the frozen UNet's linear layers are stored; auto: in the mixed precision")
     add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
-    add("--checkpoint_blocks", type=blocks, metavar="all|N", help="the same for the UNet's first N blocks only")
+    add("--checkpoint_blocks", type=blocks, metavar="auto|all|N",
+        help="the same for the UNet's first N blocks only; auto: as few as fit in --vram_budget or the free memory")
     add("--estimate_memory", action=YES_NO, default=False, help="tell what every phase will take, and stop")
     add("--vram_budget", type=POSITIVE, metavar="GB", help="choose base precision and checkpointing that fit")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
@@ -2105,14 +2106,23 @@ def estimate_memory(run: Run) -> dict[str, int]:
     return peaks
 
 
-LADDER = (("auto", 0.0), ("auto", 0.25), ("auto", 0.5), ("auto", 0.75), ("auto", 1.0), ("int8", 1.0), ("nf4", 1.0))
-"""Ways to make a step smaller, cheapest in time first: base precision, share of the blocks that are checkpointed."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that are checkpointed
+
+
+def memory_budget(run: Run) -> float:
+    """The GB that the run may take, or 0 where nothing is to be chosen. Raises UserError if nobody knows."""
+    if run.args.vram_budget or run.args.checkpoint_blocks != AUTO_BLOCKS:
+        return run.args.vram_budget or 0.0
+    if run.device.type != "cuda":
+        raise UserError(f"--checkpoint_blocks auto cannot tell how much memory {run.device} has: add --vram_budget.")
+    return torch.cuda.mem_get_info(run.device)[0] / GB - 0.5  # for workspaces and fragmentation
 
 
 def fit_budget(run: Run, budget: float) -> Run:
-    """The run with the cheapest flags whose phases all fit in that many GB. Raises UserError with what would do."""
-    count = len(blocks_of(sketch(run.base, "unet")))
-    for precision, share in LADDER:
+    """The run with the flags, cheapest in time first, whose phases all fit in that many GB. Raises UserError."""
+    count, given = len(blocks_of(sketch(run.base, "unet"))), run.args.base_precision
+    ladder = [(given, share) for share in SHARES] + [(smaller, 1.0) for smaller in ("int8", "nf4") if given == "auto"]
+    for precision, share in ladder:
         blocks_ = round(share * count)
         chosen = {"base_precision": precision, "checkpoint_blocks": blocks_, "gradient_checkpointing": share == 1}
         fitted = replace(run, args=argparse.Namespace(**{**vars(run.args), **chosen}))
@@ -2211,7 +2221,8 @@ def main(args: argparse.Namespace) -> None:
     """Train as args say: the table of contents."""
     started = time.perf_counter()
     run = start(args)
-    run = fit_budget(run, args.vram_budget) if args.vram_budget else run
+    budget = memory_budget(run)
+    run = fit_budget(run, budget) if budget else run
     args = run.args
     if args.estimate_memory:
         say_estimate(run)

@@ -308,3 +308,11 @@ def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
         losses[precision] = sum(seen[-15:]) / 15, sum(seen[:5]) / 5
     whole = losses["auto"][0]
     assert all(abs(last / whole - 1) < 0.1 for last, _ in losses.values()), losses
+
+
+def test_checkpoint_blocks_auto_needs_to_know_the_memory(train, monkeypatch):
+    with pytest.raises(trainer.UserError, match="--checkpoint_blocks auto .*--vram_budget"):
+        train(checkpoint_blocks="auto")
+    run = trainer.start(train.args(checkpoint_blocks="auto", base_precision="int8", vram_budget=1))
+    fitted = trainer.fit_budget(run, trainer.memory_budget(run)).args
+    assert (fitted.base_precision, fitted.checkpoint_blocks) == ("int8", 0)  # what was given is kept
