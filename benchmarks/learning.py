@@ -28,7 +28,7 @@ FLAGS = {
     "resolution": 64,
     "rank": 8,
     "learning_rate": 1e-3,
-    "max_train_steps": 600,
+    "max_train_steps": 800,
     "train_batch_size": 5,
     "seed": 0,
     "lr_scheduler": "cosine",
@@ -36,7 +36,7 @@ FLAGS = {
     "report_to": "none",
     "checkpointing_steps": 10_000,
 }
-PRIOR = {"with_prior_preservation": True, "num_class_images": 100, "sample_batch_size": 10, "max_train_steps": 800}
+PRIOR = {"with_prior_preservation": True, "num_class_images": 100, "sample_batch_size": 10}
 METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": True, "text_encoder_lr": 3e-4}}
 
 
@@ -94,11 +94,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("/tmp/learning"))
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", default=["untrained", *METHODS], choices=["untrained", *METHODS])
-    parser.add_argument("--max_train_steps", type=int, help="for all methods; default: 600, and 800 for prior")
+    parser.add_argument("--max_train_steps", type=int, default=FLAGS["max_train_steps"])
     parser.add_argument("--pictures", type=int, default=10, help="a place; six times as many in all")
     args = parser.parse_args()
-    for flags in METHODS.values() if args.max_train_steps else ():
-        flags["max_train_steps"] = args.max_train_steps
+    FLAGS["max_train_steps"] = args.max_train_steps
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     judge, rows, pictures = Judge(), [], []
