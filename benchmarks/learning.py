@@ -53,10 +53,12 @@ def train(subject: str, method: str, out: Path) -> Path:
     }
     if "with_prior_preservation" in flags:
         flags |= {"class_prompt": f"a photo of a {class_name}", "class_data_dir": out / f"{class_name}-pictures"}
-    if (folder / trainer.LORA_FILE).exists():  # a benchmark that was stopped goes on
+    finished = folder / "finished"  # a LoRA alone may be that of a run that was stopped
+    if finished.exists():
         return folder
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
     trainer.main(trainer.parse_args(words))
+    finished.touch()
     return folder
 
 
