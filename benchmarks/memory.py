@@ -27,7 +27,7 @@ import train_dreambooth_lora_sdxl as trainer
 
 RECIPES = {
     "half, all kept": [],
-    "half, half of the blocks": ["--checkpoint_blocks=50"],
+    "half, 50 of 87 blocks": ["--checkpoint_blocks=50"],
     "half": ["--gradient_checkpointing"],
     "fp8": ["--gradient_checkpointing", "--base_precision=fp8"],
     "int8": ["--gradient_checkpointing", "--base_precision=int8"],
