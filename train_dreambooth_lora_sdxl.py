@@ -104,7 +104,7 @@ def one_sentence() -> Iterator[None]:
         sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------------------------- command line
 # A table of flags, and everything that they and the file system can reveal, before anything heavy is imported.
 
 
@@ -423,7 +423,7 @@ def hide_token() -> None:
     os.execv(sys.executable, [sys.executable, sys.argv[0], *words])
 
 
-# --------------------------------------------------------------------------------------------- samples and their order
+# -------------------------------------------------------------------------------------------- samples and their order
 # Pure functions from folders to rows: no models, no torch, no state.
 
 
@@ -738,6 +738,10 @@ def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
+# ----------------------------------------------------------------------------------------------------------- adapters
+# peft puts them in; in training they run through kernels of their own.
+
+
 class Halves(NamedTuple):
     """Copies of A (rank, in) and B (out, rank) in the dtype that is computed in, and their transposes, made once."""
 
@@ -848,6 +852,10 @@ def compile_unet(run: Run, unet: UNet2DConditionModel) -> bool:
     regional = asked == "regional" if asked else plugin.use_regional_compilation
     (unet.compile_repeated_blocks if regional else unet.compile)(**options)
     return True
+
+
+# ----------------------------------------------------------------------------------------------------- smaller models
+# What is frozen is packed in 8 or 4 bits, and what the backward pass needs is computed again.
 
 
 class PackedProduct(torch.autograd.Function):
