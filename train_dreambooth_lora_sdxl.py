@@ -3,7 +3,7 @@
 
 Three commands that work as they stand:
 
-    # the small SDXL that comes with this repository, on a laptop's CPU, about three minutes
+    # the small SDXL that comes with this repository, on a laptop's CPU, about two minutes
     accelerate launch train_dreambooth_lora_sdxl.py --config examples/toy_world/sks_dog.yaml
 
     # SDXL itself: five pictures in dog/, 1024 px, one 24 GB card

@@ -75,7 +75,7 @@ def test_going_on_ends_with_the_same_bits(quick_start):
     """The resume command as it stands, after the run's last hundred steps were lost."""
     output = quick_start / "lora-sks-dog"
     before = load_file(output / trainer.LORA_FILE)
-    shutil.rmtree(output / "checkpoint-600")
+    shutil.rmtree(output / "checkpoint-400")
     (output / trainer.LORA_FILE).unlink()
     run_in(quick_start, next(words for words in TRAINING if words[-1] == "latest"))
     after = load_file(output / trainer.LORA_FILE)  # the header's entries have no order of their own
@@ -93,7 +93,7 @@ def test_pushing_what_is_finished(quick_start):
         HF_TOKEN="hf_x",
         HF_HOME=str(quick_start / "home"),
     )
-    pictures = {f"validation/step-000600/0{index}.png" for index in range(4)}
+    pictures = {f"validation/step-000400/0{index}.png" for index in range(4)}
     assert set(hub.files["you/sks-dog"]) == {trainer.LORA_FILE, "README.md", *pictures}
 
 
