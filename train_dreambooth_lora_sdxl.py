@@ -143,7 +143,10 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
 
 def blocks(text: str) -> int:
     """An argparse type: how many blocks are checkpointed."""
-    return {"auto": AUTO_BLOCKS, "all": ALL_BLOCKS}.get(text) or number(int, 0)(text)
+    try:
+        return {"auto": AUTO_BLOCKS, "all": ALL_BLOCKS}.get(text) or number(int, 0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto or all") from None
 
 
 COUNT, INDEX = number(int, 1), number(int, 0)
@@ -666,13 +669,14 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """What frozen weights are kept in: accelerate's precision, wherever it was configured."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        return PRECISIONS.get(self.accelerator.mixed_precision, torch.float32)
 
 
 PART_CLASSES = {
     "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
 }
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 
@@ -695,12 +699,15 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
 
 
+def vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a VAE computes in: float32 where its configuration says that it overflows in float16."""
+    return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
+
+
 def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """The VAE in dtype, or in float32 where its configuration says that it overflows in float16."""
-    vae = load_part(source, "vae", dtype, device)
-    if vae.config.force_upcast and dtype == torch.float16:
-        return load_part(source, "vae", torch.float32, device)
-    return vae
+    """The VAE in the dtype that it computes in."""
+    config = AutoencoderKL.load_config(source.name, **source.keywords("vae"))
+    return load_part(source, "vae", vae_dtype(config, dtype), device)
 
 
 def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
@@ -1217,7 +1224,7 @@ def decode_latents(run: Run, unet: nn.Module, vae: AutoencoderKL, latents: Itera
 
     Where memory is short the UNet stands aside meanwhile: tiles would need as little, but change the picture.
     """
-    config, dtype = vae.config, torch.float32 if vae.config.force_upcast and vae.dtype == torch.float16 else vae.dtype
+    config, dtype = vae.config, vae_dtype(vae.config, vae.dtype)
     move_frozen(unet, torch.device("cpu") if checkpointed(run.args) else run.device)
     vae.to(run.device, dtype)
     pictures = []
@@ -1241,6 +1248,11 @@ def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
     return [(index, path) for index, path in enumerate(drawn[:max(0, count - len(brought))]) if not path.exists()]
 
 
+def class_dtype(run: Run) -> torch.dtype:
+    """The dtype in which class pictures are drawn."""
+    return PRECISIONS.get(run.args.prior_generation_precision, run.dtype)
+
+
 def make_class_images(run: Run) -> None:
     """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
     args, accelerator = run.args, run.accelerator
@@ -1252,7 +1264,7 @@ def make_class_images(run: Run) -> None:
     accelerator.wait_for_everyone()  # every rank has looked before any draws
     share = missing[accelerator.process_index::accelerator.num_processes]
     if share:
-        dtype = PRECISIONS.get(args.prior_generation_precision, run.dtype)
+        dtype = class_dtype(run)
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
         unet, vae = load_unet(run, dtype), load_part(run.vae, "vae", dtype)
         studio = open_studio(run, TrainableSDXL(unet), table, args.class_prompt)
@@ -2014,11 +2026,11 @@ class Rehearsal:
         """The UNet, made for the phases that need one."""
         return sketch(self.run.base, "unet")
 
-    def text(self, rows: int) -> Text:
+    def text(self, rows: int, dtype: torch.dtype) -> Text:
         """Rows of embeddings."""
         first, second = (encoder.config for encoder in self.encoders)
-        embeds = torch.empty(rows, first.max_position_embeddings, self.unet.config.cross_attention_dim)
-        return embeds.to(self.run.dtype), torch.empty(rows, second.projection_dim, dtype=self.run.dtype)
+        shape = rows, first.max_position_embeddings, self.unet.config.cross_attention_dim
+        return torch.empty(shape, dtype=dtype), torch.empty(rows, second.projection_dim, dtype=dtype)
 
     def adapt(self) -> None:
         """Add the adapters, which fake tensors cannot bear later."""
@@ -2026,9 +2038,9 @@ class Rehearsal:
         for encoder in self.encoders if self.args.train_text_encoder else ():
             add_adapters(self.args, encoder, text_encoder_targets(encoder))
 
-    def packed_unet(self) -> nn.Module:
+    def packed_unet(self, dtype: torch.dtype) -> nn.Module:
         """The UNet as it lies on the device; unpacked it was on the host only."""
-        give_storage(self.unet, self.run.dtype)
+        give_storage(self.unet, dtype)
         if self.args.base_precision != "auto":
             pack_unet(self.unet, self.args.base_precision, torch.device("cpu"))
         self.meter.peak = self.meter.bytes
@@ -2042,8 +2054,7 @@ class Rehearsal:
     def vae(self) -> AutoencoderKL:
         """The VAE in the dtype that it needs."""
         vae = sketch(self.run.vae, "vae")
-        upcast = vae.config.force_upcast and self.run.dtype == torch.float16
-        return give_storage(vae, torch.float32 if upcast else self.run.dtype)
+        return give_storage(vae, vae_dtype(vae.config, self.run.dtype))
 
     def pictures(self) -> None:
         """Encode one picture."""
@@ -2053,15 +2064,15 @@ class Rehearsal:
     def decoding(self) -> None:
         """Decode one picture; the UNet is there, unless it stands aside."""
         if not checkpointed(self.args):
-            self.packed_unet()
+            self.packed_unet(self.run.dtype)
         vae = self.vae()
         vae.decode(torch.empty(1, 4, self.side, self.side, dtype=vae.dtype))
 
-    def drawing(self, rows: int) -> None:
+    def drawing(self, rows: int, dtype: torch.dtype) -> None:
         """One denoising step of `rows` pictures with guidance."""
-        unet, (embeds, pooled) = self.packed_unet(), self.text(2 * rows)
+        unet, (embeds, pooled) = self.packed_unet(dtype), self.text(2 * rows, dtype)
         added = {"text_embeds": pooled, "time_ids": torch.empty(2 * rows, 6)}
-        latents = torch.empty(2 * rows, 4, self.side, self.side, dtype=self.run.dtype)
+        latents = torch.empty(2 * rows, 4, self.side, self.side, dtype=dtype)
         unet(latents, torch.tensor(1), embeds, added_cond_kwargs=added)
 
     @torch.enable_grad()
@@ -2070,7 +2081,7 @@ class Rehearsal:
         args, trained = self.args, self.encoders if self.args.train_text_encoder else []
         for encoder in trained:
             give_storage(encoder, self.run.dtype)
-        unet = self.packed_unet()
+        unet = self.packed_unet(self.run.dtype)
         recompute(args, unet, trained)
         model = TrainableSDXL(unet, trained).train()
         adapters = list(model.adapters().values())
@@ -2079,7 +2090,7 @@ class Rehearsal:
         rows = args.train_batch_size * (1 + args.with_prior_preservation)
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
         latents, columns = torch.empty(2, rows, 4, self.side, self.side), torch.empty(5, 1000)
-        text = (ids, ids) if trained else self.text(rows)
+        text = (ids, ids) if trained else self.text(rows, self.run.dtype)
         batch = Batch(*latents, text, torch.empty(rows, 6), torch.empty(rows), args.train_batch_size)
         diffusion_loss(model, Objective(*columns, torch.arange(1000)), batch).backward()
         norm = torch.nn.utils.get_total_norm([adapter.grad for adapter in adapters])
@@ -2095,9 +2106,9 @@ def estimate_memory(run: Run) -> dict[str, int]:
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
     encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
     phases: dict[str, tuple[bool, Callable[[Rehearsal], None]]] = {
-        "class pictures": (prior, lambda rehearsal: rehearsal.drawing(args.sample_batch_size)),
+        "class pictures": (prior, lambda rehearsal: rehearsal.drawing(args.sample_batch_size, class_dtype(run))),
         "latents": (True, Rehearsal.pictures),
-        "validation": (bool(args.validation_prompt), lambda rehearsal: rehearsal.drawing(1)),
+        "validation": (bool(args.validation_prompt), lambda rehearsal: rehearsal.drawing(1, run.dtype)),
         "decoding": (bool(args.validation_prompt) or prior, Rehearsal.decoding),
         "training": (True, Rehearsal.training),
         "prompts": (not args.train_text_encoder, Rehearsal.prompts),
@@ -2132,23 +2143,21 @@ def fit_budget(run: Run, budget: float) -> Run:
     ladder = [(given, share) for share in SHARES] + [(smaller, 1.0) for smaller in ("int8", "nf4") if given == "auto"]
     for precision, share in ladder:
         blocks_ = round(share * count)
-        chosen = {"base_precision": precision, "checkpoint_blocks": blocks_, "gradient_checkpointing": share == 1}
+        chosen = {"base_precision": precision, "checkpoint_blocks": blocks_, "gradient_checkpointing": share == 1,
+                  "vram_budget": None}  # a run that starts again from its settings has chosen
         fitted = replace(run, args=argparse.Namespace(**{**vars(run.args), **chosen}))
         peaks = estimate_memory(fitted)
         name, largest = max(peaks.items(), key=lambda item: item[1])
         if largest <= budget * GB:
             say([("Memory", f"--base_precision {precision} --checkpoint_blocks {blocks_}: the largest phase, {name}, "
-                            f"takes {largest / GB:.2g} of {budget:g} GB")])
+                            f"takes {largest / GB:.3g} of {budget:g} GB")])
             return fitted
     raise UserError(f"--vram_budget {budget:g} is too small: with all that saves memory the largest phase, {name}, "
-                    f"takes {largest / GB:.2g} GB; a smaller --resolution or --train_batch_size helps.")
+                    f"takes {largest / GB:.3g} GB; a smaller --resolution or --train_batch_size helps.")
 
 
 # -------------------------------------------------------------------------------------------------------------- entry
 # The phases, in the order in which they happen.
-
-
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start(args: argparse.Namespace) -> Run:

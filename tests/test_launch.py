@@ -45,7 +45,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_traps_7_31_34_two_processes_equal_one_with_twice_the_accumulation(train, tmp_path, free_port):
+def test_traps_7_31_34_37_two_processes_equal_one_with_twice_the_accumulation(train, tmp_path, free_port):
     flags = {
         "max_train_steps": 4,
         "checkpointing_steps": 2,

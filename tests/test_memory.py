@@ -266,6 +266,7 @@ def test_a_budget_chooses_the_cheapest_flags_that_fit(train):
     run = trainer.start(train.args(train_batch_size=4))
     ample, tight = (trainer.fit_budget(run, budget / 1e9).args for budget in (1e9, 2.2e6))
     assert (ample.base_precision, ample.checkpoint_blocks) == ("auto", 0)
+    assert ample.vram_budget is None  # the settings that the run leaves hold what was chosen
     assert tight.checkpoint_blocks > 0
 
 

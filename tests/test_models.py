@@ -273,3 +273,20 @@ def test_trap_22_a_part_is_loaded_in_its_final_dtype(tiny, part, monkeypatch):
     model = load_part(Source(str(tiny)), part, torch.bfloat16, torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(isinstance(value, torch.dtype) for rest in casts for value in rest)
+
+
+def test_trap_38_xformers_whose_kernels_cannot_run_is_refused_before_anything_loads(train, monkeypatch):
+    """Installed, but built for another torch: there is no kernel, and no page of warnings."""
+    import importlib.util
+    import sys
+    import types
+
+    broken = types.ModuleType("xformers.ops")
+    broken.memory_efficient_attention = lambda *rest: (_ for _ in ()).throw(NotImplementedError("No operator found"))
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", broken)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "xformers" or real(name, *rest))
+    monkeypatch.setattr(trainer, "load_part", lambda *rest: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="no kernel of xformers runs on cpu here"):
+        train(enable_xformers_memory_efficient_attention=True)
