@@ -27,8 +27,8 @@ import train_dreambooth_lora_sdxl as trainer
 FLAGS = {
     "resolution": 64,
     "rank": 8,
-    "learning_rate": 1e-3,
-    "max_train_steps": 800,
+    "learning_rate": 2e-3,
+    "max_train_steps": 550,
     "train_batch_size": 5,
     "seed": 0,
     "lr_scheduler": "cosine",

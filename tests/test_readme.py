@@ -32,7 +32,7 @@ QUICK_START = TRAINING[0]
 
 def environment() -> dict[str, str]:
     """A shell in which this Python's `accelerate` is the one that is found."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
 def run_in(folder: Path, words: list[str], **variables: str) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ noise and shifts in training keep it from depending on the sharpness of a drawin
 """
 
 import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -127,8 +128,9 @@ class Judge:
             self.eye.eval()
         else:
             self.eye = train_eye()
-            torch.save(self.eye.state_dict(), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            unfinished = path.with_suffix(f".{os.getpid()}")  # tests in two processes may both be training it
+            torch.save(self.eye.state_dict(), unfinished)
+            unfinished.replace(path)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Verdict]:
