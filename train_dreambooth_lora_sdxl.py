@@ -616,6 +616,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -1075,9 +1076,11 @@ class Store:
             raise TrainingError(f"{self.path(key)} was removed or broken while training; start again.") from error
 
     def report(self) -> str:
-        """What was done, for the summary."""
-        mended = f"; {self.broken} broken files were replaced" if self.broken else ""
-        return f"{self.made} pictures and prompts encoded, {self.found} found in {self.folder}{mended}"
+        """What all ranks did, for the summary."""
+        counts = gather_object([(self.made, self.found, self.broken)])
+        made, found, broken = (sum(column) for column in zip(*counts, strict=True))
+        mended = f"; {broken} broken files were replaced" if broken else ""
+        return f"{made} pictures and prompts encoded, {found} found in {self.folder}{mended}"
 
 
 def identity(source: Source, part: str) -> str:
@@ -1962,17 +1965,46 @@ def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
 # The run's phases on tensors that have shapes but no values: the peak of each in bytes, before any weight is loaded.
 
 
+class Cost(NamedTuple):
+    """What a phase takes."""
+
+    peak: int  # bytes
+    weights: int  # bytes of the peak that lie there before anything is computed
+    flops: int
+    launches: int  # operators that compute something: neither views nor queries
+
+
+ATEN = torch.ops.aten
+FLOPS = {**flop_registry,  # the CPU's attention, which keeps what flash attention keeps, is not in there
+         ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+         ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+             flop_registry[ATEN._scaled_dot_product_flash_attention_backward]}
+
+
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still live, their peak, and the operators called."""
+    """Counts the bytes of the tensors that are made within it and still live, their peak, and what was called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = self.operators = 0
+        self.bytes = self.peak = self.weights = self.operators = self.launches = self.flops = 0
         self.living = set()
+
+    def begin(self) -> None:
+        """What lives now are the weights; count from here."""
+        self.peak = self.weights = self.bytes
+        self.operators = self.launches = self.flops = 0
+
+    def cost(self) -> Cost:
+        """What was counted."""
+        return Cost(self.peak, self.weights, self.flops, self.launches)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.operators += "prim" not in func.namespace
+        called = "prim" not in func.namespace
+        self.operators += called
+        self.launches += called and not func.is_view
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self.note(tensor.untyped_storage())
@@ -2043,18 +2075,21 @@ class Rehearsal:
         give_storage(self.unet, dtype)
         if self.args.base_precision != "auto":
             pack_unet(self.unet, self.args.base_precision, torch.device("cpu"))
-        self.meter.peak = self.meter.bytes
+        self.meter.begin()
         return self.unet
 
     def prompts(self) -> None:
         """Encode one prompt with the larger encoder."""
         encoder = give_storage(self.encoders[1], self.run.dtype)
+        self.meter.begin()
         encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.long), output_hidden_states=True)
 
     def vae(self) -> AutoencoderKL:
         """The VAE in the dtype that it needs."""
         vae = sketch(self.run.vae, "vae")
-        return give_storage(vae, vae_dtype(vae.config, self.run.dtype))
+        give_storage(vae, vae_dtype(vae.config, self.run.dtype))
+        self.meter.begin()
+        return vae
 
     def pictures(self) -> None:
         """Encode one picture."""
@@ -2087,6 +2122,7 @@ class Rehearsal:
         adapters = list(model.adapters().values())
         moments = [torch.empty_like(adapter, dtype=torch.uint8 if args.use_8bit_adam else None)
                    for adapter in adapters for _ in range(2)]
+        self.meter.begin()
         rows = args.train_batch_size * (1 + args.with_prior_preservation)
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
         latents, columns = torch.empty(2, rows, 4, self.side, self.side), torch.empty(5, 1000)
@@ -2099,8 +2135,8 @@ class Rehearsal:
 
 
 @torch.no_grad()
-def estimate_memory(run: Run) -> dict[str, int]:
-    """The peak bytes of each phase that the run will have; no weight is read and no kernel is run."""
+def estimate_memory(run: Run) -> dict[str, Cost]:
+    """The cost of each phase that the run will have; no weight is read and no kernel is run."""
     args, prior = run.args, run.args.with_prior_preservation
     if args.base_precision == "nf4":
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
@@ -2113,7 +2149,7 @@ def estimate_memory(run: Run) -> dict[str, int]:
         "training": (True, Rehearsal.training),
         "prompts": (not args.train_text_encoder, Rehearsal.prompts),
     }
-    peaks = {}
+    costs = {}
     for name, (happens, phase) in phases.items():
         if happens:
             rehearsal = Rehearsal(run, encoders)
@@ -2121,39 +2157,70 @@ def estimate_memory(run: Run) -> dict[str, int]:
                 rehearsal.adapt()
             with FakeTensorMode(allow_non_fake_inputs=True), rehearsal.meter:
                 phase(rehearsal)
-            peaks[name] = rehearsal.meter.peak
-    return peaks
+            costs[name] = rehearsal.meter.cost()
+    return costs
+
+
+def largest(costs: dict[str, Cost]) -> tuple[str, float]:
+    """The phase with the highest peak, and that in GB."""
+    name = max(costs, key=lambda phase: costs[phase].peak)
+    return name, costs[name].peak / GB
 
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that are checkpointed
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as sold, 2**30 bytes each: what is over here is for the context
 
 
-def memory_budget(run: Run) -> float:
-    """The GB that the run may take, or 0 where nothing is to be chosen. Raises UserError if nobody knows."""
-    if run.args.vram_budget or run.args.checkpoint_blocks != AUTO_BLOCKS:
-        return run.args.vram_budget or 0.0
-    if run.device.type != "cuda":
-        raise UserError(f"--checkpoint_blocks auto cannot tell how much memory {run.device} has: add --vram_budget.")
-    return torch.cuda.mem_get_info(run.device)[0] / GB - 0.5  # for workspaces and fragmentation
+def free_gb(device: torch.device) -> float | None:
+    """The memory that a run may take on a device, workspaces and fragmentation left out; None if nobody knows."""
+    return torch.cuda.mem_get_info(device)[0] / GB - 0.5 if device.type == "cuda" else None
 
 
-def fit_budget(run: Run, budget: float) -> Run:
-    """The run with the flags, cheapest in time first, whose phases all fit in that many GB. Raises UserError."""
+def memory_budget(run: Run) -> float | None:
+    """The GB that the run may take, alike on all ranks: what was asked for, or else what is free on the first one."""
+    return broadcast_object_list([run.args.vram_budget or free_gb(run.device)])[0]
+
+
+def within_budget(run: Run, budget: float | None) -> Run:
+    """The run with flags that fit, where they are to be chosen; else a warning where they do not. Raises UserError."""
+    args = run.args
+    if args.vram_budget or args.checkpoint_blocks == AUTO_BLOCKS:
+        if budget is None:
+            raise UserError(f"--checkpoint_blocks auto cannot tell how much memory {run.device} has: add "
+                            "--vram_budget.")
+        run, told = fit_budget(run, budget)
+        say([("Memory", told)])
+    elif budget is not None and IS_FIRST_RANK and not args.estimate_memory:
+        name, peak = largest(estimate_memory(run))
+        if peak > budget:
+            logger.warning("warning: this will not fit: %s takes %.3g GB, and %.3g are free. --vram_budget %.3g "
+                           "chooses flags that fit.", name, peak, budget, budget)
+    return run
+
+
+def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
+    """The run with the flags, cheapest in time first, whose phases all fit in that many GB, and a line about them.
+
+    Raises UserError with the smallest budget that would do.
+    """
     count, given = len(blocks_of(sketch(run.base, "unet"))), run.args.base_precision
     ladder = [(given, share) for share in SHARES] + [(smaller, 1.0) for smaller in ("int8", "nf4") if given == "auto"]
-    for precision, share in ladder:
-        blocks_ = round(share * count)
-        chosen = {"base_precision": precision, "checkpoint_blocks": blocks_, "gradient_checkpointing": share == 1,
-                  "vram_budget": None}  # a run that starts again from its settings has chosen
+
+    @functools.cache
+    def rung(number_: int) -> tuple[Run, str, float]:
+        precision, share = ladder[number_]
+        chosen = {"base_precision": precision, "checkpoint_blocks": round(share * count), "vram_budget": None,
+                  "gradient_checkpointing": share == 1}  # a run that starts again from its settings has chosen
         fitted = replace(run, args=argparse.Namespace(**{**vars(run.args), **chosen}))
-        peaks = estimate_memory(fitted)
-        name, largest = max(peaks.items(), key=lambda item: item[1])
-        if largest <= budget * GB:
-            say([("Memory", f"--base_precision {precision} --checkpoint_blocks {blocks_}: the largest phase, {name}, "
-                            f"takes {largest / GB:.3g} of {budget:g} GB")])
-            return fitted
-    raise UserError(f"--vram_budget {budget:g} is too small: with all that saves memory the largest phase, {name}, "
-                    f"takes {largest / GB:.3g} GB; a smaller --resolution or --train_batch_size helps.")
+        return fitted, *largest(estimate_memory(fitted))
+
+    found = bisect.bisect_left(range(len(ladder)), True, key=lambda number_: rung(number_)[2] <= budget)
+    fitted, name, peak = rung(min(found, len(ladder) - 1))
+    if peak > budget:
+        raise UserError(f"--vram_budget {budget:.3g} is too small: with all that saves memory the largest phase, "
+                        f"{name}, takes {peak:.3g} GB; a smaller --resolution or --train_batch_size helps.")
+    return fitted, (f"--base_precision {fitted.args.base_precision} --checkpoint_blocks "
+                    f"{fitted.args.checkpoint_blocks}: the largest phase, {name}, takes {peak:.3g} of {budget:.3g} GB")
 
 
 # -------------------------------------------------------------------------------------------------------------- entry
@@ -2225,13 +2292,21 @@ def say_plan(run: Run, schedule: Schedule, pictures: int) -> None:
     ])
 
 
-def say_estimate(run: Run) -> None:
-    """Tell the peak bytes of each phase and of the run, computed."""
-    peaks = estimate_memory(run)
-    largest = max(peaks, key=peaks.get)
-    say([(f"{name:15}", f"{peak / GB:8.3f} GB") for name, peak in peaks.items()])
-    logger.info("At most %.3f GB of tensors, while %s (computed); a GPU's own context and workspaces come on top.",
-                peaks[largest] / GB, largest)
+def say_estimate(run: Run, budget: float | None) -> None:
+    """Tell what each phase takes, computed, and whether that fits."""
+    costs = estimate_memory(run)
+    logger.info("%-15s%9s%9s%9s%9s%10s", "computed", "peak GB", "weights", "at work", "TFLOP", "launches")
+    for phase, (peak, weights, flops, launches) in costs.items():
+        sizes = (size / GB for size in (peak, weights, peak - weights))
+        logger.info("%-15s%9.3f%9.3f%9.3f%9.3g%10s", phase, *sizes, flops / 1e12, f"{launches:,}")
+    logger.info("Operations are those of one picture, one prompt, one denoising step and one training step.")
+    name, peak = largest(costs)
+    room = budget or next((card for card in CARDS if peak <= card), CARDS[-1])
+    if peak <= room:
+        logger.info("It fits in %.3g GB with %.1f GB to spare; most, %.3g GB, is taken by %s.",
+                    room, room - peak, peak, name)
+    else:
+        logger.info("It does not fit in %.3g GB, but would with %s.", room, fit_budget(run, room)[1])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -2239,10 +2314,10 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     run = start(args)
     budget = memory_budget(run)
-    run = fit_budget(run, budget) if budget else run
+    run = within_budget(run, budget)
     args = run.args
     if args.estimate_memory:
-        say_estimate(run)
+        say_estimate(run, budget)
         return
     objective = make_objective(run.scheduler, args.snr_gamma, run.device)
     repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir

@@ -1,8 +1,18 @@
-"""The real SDXL's configuration files, without weights: what the computed figures are computed on."""
+"""The real SDXL without its weights: configuration files to compute on, random weights to measure on."""
 
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import nn
+
+import train_dreambooth_lora_sdxl as trainer
 
 TOY = Path(__file__).parent.parent / "examples" / "toy_world" / "model"
 CHANGES = {
@@ -58,3 +68,55 @@ def write_configuration(base: Path) -> Path:
         config = json.loads((TOY / part / "config.json").read_text())
         (base / part / "config.json").write_text(json.dumps({**config, **change}))
     return base
+
+
+def start_run(base: Path, folder: Path, flags: list[str], resolution: int) -> trainer.Run:
+    """A run of batch 1, rank 4, in bf16, with validation; flags may say otherwise."""
+    common = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": TOY.parent / "subjects" / "sks_dog",
+        "instance_prompt": "a photo of sks dog",
+        "validation_prompt": "a photo of sks dog in a bucket",
+        "output_dir": folder / "out",
+        "resolution": resolution,
+        "train_batch_size": 1,
+        "mixed_precision": "bf16",
+        "report_to": "none",
+    }
+    return trainer.start(trainer.parse_args([*(f"--{key}={value}" for key, value in common.items()), *flags]))
+
+
+def random_weights(
+    source: trainer.Source, part: str, dtype: torch.dtype, device: torch.device | None = None
+) -> nn.Module:
+    """A part with random weights, in place of load_part."""
+    model = trainer.sketch(source, part).to(dtype).to_empty(device=device or "cpu")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.fill_(1.0) if "norm" in name and name.endswith("weight") else tensor.normal_(0, 0.01)
+    return model.eval()
+
+
+def training_step(run: trainer.Run) -> Callable[[], None]:
+    """One whole optimizer step of the trainer's own parts on random pictures and prompts, weights random too."""
+    trainer.load_part = random_weights
+    model, device, rows = trainer.load_trainable(run).train(), run.device, run.args.train_batch_size
+    side = run.args.resolution // run.vae_factor
+    width = model.unet.config.cross_attention_dim
+    pooled = model.unet.config.projection_class_embeddings_input_dim - 6 * model.unet.config.addition_time_embed_dim
+    text = torch.randn(rows, 77, width, device=device, dtype=run.dtype), torch.randn(rows, pooled, device=device)
+    sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * rows, device=device)
+    moments = torch.rand(2, rows, 4, side, side, device=device)
+    batch = trainer.Batch(*moments, (text[0], text[1].to(run.dtype)), sizes, torch.ones(rows, device=device), rows)
+    objective = trainer.make_objective(run.scheduler, device=device)
+    optimizer, adapters = trainer.make_optimizer(run.args, model, 1), list(model.adapters().values())
+
+    def step() -> None:
+        trainer.diffusion_loss(model, objective, batch).backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step

@@ -1,6 +1,7 @@
 """Does it learn the subject, keep the place, and leave the class alone? On the toy world, as a table of numbers.
 
     python benchmarks/learning.py --out /tmp/learning            # about 45 minutes on two CPU cores
+    python benchmarks/learning.py --methods bf16 fp8 int8 nf4    # does a packed base learn alike?
 
 Every row is a training run of train_dreambooth_lora_sdxl.py with the same flags, judged over 60 pictures of prompts
 with the six places and 60 of the class prompt, drawn by diffusers' pipeline with load_lora_weights.
@@ -8,21 +9,20 @@ with the six places and 60 of the class prompt, drawn by diffusers' pipeline wit
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy_world"
-sys.path[:0] = [str(ROOT), str(TOY)]
+sys.path.insert(0, str(TOY))
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from judge import Judge
 from PIL import Image
 from scene import PLACES, SUBJECTS, sheet
-
-import train_dreambooth_lora_sdxl as trainer
 
 FLAGS = {
     "resolution": 64,
@@ -38,6 +38,10 @@ FLAGS = {
 }
 PRIOR = {"with_prior_preservation": True, "num_class_images": 100, "sample_batch_size": 10}
 METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": True, "text_encoder_lr": 3e-4}}
+PRECISIONS = {
+    "bf16": {"mixed_precision": "bf16"},
+    **{name: {"mixed_precision": "bf16", "base_precision": name} for name in ("fp8", "int8", "nf4")},
+}
 
 
 def train(subject: str, method: str, out: Path) -> Path:
@@ -49,7 +53,7 @@ def train(subject: str, method: str, out: Path) -> Path:
         "instance_prompt": f"a photo of a sks {class_name}",
         "output_dir": folder,
         **FLAGS,
-        **METHODS[method],
+        **{**METHODS, **PRECISIONS}[method],
     }
     if "with_prior_preservation" in flags:
         flags |= {"class_prompt": f"a photo of a {class_name}", "class_data_dir": out / f"{class_name}-pictures"}
@@ -57,7 +61,7 @@ def train(subject: str, method: str, out: Path) -> Path:
     if finished.exists():
         return folder
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
-    trainer.main(trainer.parse_args(words))
+    subprocess.run([sys.executable, str(ROOT / "train_dreambooth_lora_sdxl.py"), *words], check=True)
     finished.touch()
     return folder
 
@@ -95,10 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("/tmp/learning"))
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
-    parser.add_argument("--methods", nargs="+", default=["untrained", *METHODS], choices=["untrained", *METHODS])
+    parser.add_argument("--methods", nargs="+", default=["untrained", *METHODS])
     parser.add_argument("--max_train_steps", type=int, default=FLAGS["max_train_steps"])
     parser.add_argument("--pictures", type=int, default=10, help="a place; six times as many in all")
     args = parser.parse_args()
+    strangers = set(args.methods) - {"untrained", *METHODS, *PRECISIONS}
+    if strangers:
+        parser.error(f"no such method: {', '.join(strangers)}")
     FLAGS["max_train_steps"] = args.max_train_steps
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

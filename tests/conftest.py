@@ -9,8 +9,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",
+    TRANSFORMERS_VERBOSITY="error",
+    DIFFUSERS_VERBOSITY="error",
 )
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ from PIL import Image
 
 import train_dreambooth_lora_sdxl as trainer
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # two threads on two busy cores are 8 to 30 times slower
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_dreambooth_lora_sdxl.py"

@@ -8,11 +8,14 @@ import sys
 import pytest
 from conftest import ROOT
 
+TOY = ROOT / "examples" / "toy_world" / "model"
 SHORT = {
     "learning.py": "--methods untrained plain --subjects sks_dog --max_train_steps 2 --pictures 1 --out {}",
     "step_overhead.py": "--pairs 2",
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",
+    "startup.py": "--turns 1",
+    "speed.py": f"--base {TOY} --resolution 64 --turns 1 --steps 1 --flags=--gradient_checkpointing",
 }
 
 
@@ -32,6 +35,6 @@ def test_a_benchmark_runs(name, tmp_path):
         timeout=600,
     )
     assert told.returncode == 0, told.stderr
-    assert re.search(r"\d %|\d GB", told.stdout)
+    assert re.search(r"\d %|\d GB|\d s a step", told.stdout)
     if name == "launches.py":  # what the adapters add is cut by at least half
         assert int(re.search(r"\((\d+) %\)", told.stdout)[1]) <= 50
