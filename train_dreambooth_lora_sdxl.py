@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import difflib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -67,6 +68,7 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
 GB = 1e9
+TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
 
@@ -83,12 +85,16 @@ class TrainingError(Exception):
     """The run itself went wrong: one sentence with the cause and what helps. Exit code 1."""
 
 
+class HubError(Exception):
+    """The Hub failed, the run did not: one sentence with what is safe where, and what pushes it. Exit code 3."""
+
+
 class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to stop, and everything is saved)
-    """A signal ended the run after everything was saved. Exit code 128 + signal."""
+    """A signal or the clock ended the run after everything was saved. Exit code 128 + signal, or 0."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signum
+        self.exit_code = 128 + signum if signum != TIME_IS_UP else 0
 
 
 @contextmanager
@@ -96,12 +102,21 @@ def one_sentence() -> Iterator[None]:
     """Turn what ends a run into one sentence on stderr, from the first rank only, and its exit code."""
     try:
         yield
-    except (UserError, TrainingError, Stopped, KeyboardInterrupt) as ending:
-        codes = {UserError: 2, TrainingError: 1, KeyboardInterrupt: 130}
-        message = str(ending) or "interrupted before training began; what was written so far is whole."
+    except (UserError, TrainingError, HubError, Stopped) as ending:
+        codes = {UserError: 2, TrainingError: 1, HubError: 3}
         if IS_FIRST_RANK:
-            print(message if isinstance(ending, Stopped) else f"error: {message}", file=sys.stderr)
+            print("" if isinstance(ending, Stopped) else "error: ", printable(str(ending)), sep="", file=sys.stderr)
         sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: a prompt or a file's name cannot command the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def leave(signum: int, frame: object) -> NoReturn:
+    """A signal's handler while nothing is at stake: end without a traceback."""
+    sys.exit(128 + signum)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -167,6 +182,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--revision", help="of the base model: branch, tag or commit")
     add("--variant", help="of the base model's files, such as fp16")
     add("--cache_dir", help="where downloads go")
+    add("--allow_pickle", action=YES_NO, default=False, help="load weights that are no safetensors, as pickles")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--instance_data_dir", required=True, metavar="DIR", help="folder with the pictures of your subject")
@@ -216,6 +232,10 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3)
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm, which is logged")
     add("--seed", type=INDEX, help="default: drawn at random, and written to " + CONFIG_FILE)
+    add("--on_nan", choices=["stop", "skip"], default="stop",
+        help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
+    add("--max_skipped_steps", type=COUNT, default=10, help="more of them end the run")
+    add("--max_train_minutes", type=POSITIVE, help="then stop with a checkpoint, counted from the command")
 
     add = parser.add_argument_group("machine").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate was configured with")
@@ -244,6 +264,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", default="lora-dreambooth-model", metavar="DIR")
     add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between two checkpoints")
+    add("--checkpointing_minutes", type=POSITIVE, help="beside the steps, whichever comes first")
     add("--checkpoints_total_limit", type=COUNT, help="older ones are removed once the new one is safe")
     add("--resume_from_checkpoint", metavar="latest|NAME|DIR", help="go on as if the run had never stopped")
     add("--push_to_hub", action=YES_NO, default=False, help="upload LoRA, card and pictures, nothing else")
@@ -299,7 +320,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
     check_packages(args)
-    check_base_folder(args.pretrained_model_name_or_path)
+    check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle)
     check_output(args)
     folders = [("--instance_data_dir", args.instance_data_dir)]
     if args.with_prior_preservation and Path(args.class_data_dir).exists():
@@ -344,7 +365,7 @@ def find_token() -> str | None:
     return get_token()
 
 
-def check_base_folder(name: str) -> None:
+def check_base_folder(name: str, allow_pickle: bool) -> None:
     """A base model that is a path must be a diffusers folder of SDXL."""
     path = Path(name)
     if path.is_file():
@@ -358,6 +379,31 @@ def check_base_folder(name: str) -> None:
             raise UserError(f"--pretrained_model_name_or_path {name} is not a diffusers folder: it has no readable "
                             "model_index.json.") from error
         check_is_sdxl(name, index)
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            check_part("--pretrained_model_name_or_path", path / part, allow_pickle)
+
+
+def check_part(flag: str, folder: Path, allow_pickle: bool) -> None:
+    """A part's folder has weights, all whole, and none that run code when they are loaded. Raises UserError."""
+    whole, pickles = sorted(folder.glob("*.safetensors")), [*folder.glob("*.bin"), *folder.glob("*.ckpt")]
+    if not whole and not (pickles and allow_pickle):
+        told = "only pickles, which can run code: convert them, or insist with --allow_pickle" if pickles else "none"
+        raise UserError(f"{flag}: there should be *.safetensors in {folder}, but there are {told}.")
+    for path in whole:
+        if path.stat().st_size != safetensors_size(path):
+            raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
+
+
+def safetensors_size(path: Path) -> int:
+    """The bytes that a safetensors file must have by its header, which is JSON after its length; 0 without one."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 10**8)))
+        return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+                                default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
@@ -394,7 +440,7 @@ class Printer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        print(record.getMessage(), flush=True)
+        print(printable(record.getMessage()), flush=True)
 
 
 def quiet(log_level: str) -> None:
@@ -422,6 +468,8 @@ def hide_token() -> None:
         return
     position = flags[0]
     flag, equals, token = words.pop(position).partition("=")
+    print("warning: others on this machine can see --hub_token on a command line; `hf auth login` or HF_TOKEN keep it "
+          "to yourself.", file=sys.stderr)
     os.environ["HF_TOKEN"] = token if equals or position == len(words) else words.pop(position)
     os.execv(sys.executable, [sys.executable, sys.argv[0], *words])
 
@@ -592,6 +640,8 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 if __name__ == "__main__":  # a mistake answers in half a second, not after the imports below
     hide_token()
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), leave)  # the imports below take seconds
     with one_sentence():
         ARGS = parse_args()
 
@@ -607,6 +657,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
+from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -636,6 +687,7 @@ class Source(NamedTuple):
     variant: str | None = None
     cache_dir: str | None = None
     is_pipeline: bool = True
+    allow_pickle: bool = False
 
     def keywords(self, part: str) -> dict[str, Any]:
         """What every loader of a part needs beside the name."""
@@ -649,6 +701,7 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
+    stop: StopSignals
     seed: int
     base: Source
     vae: Source
@@ -691,12 +744,13 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     """Load one part of a pipeline in its final dtype, frozen, on its device. Raises UserError naming the model."""
     keywords = source.keywords(part)
     if dtype is not None:
-        keywords |= {"variant": source.variant, "use_safetensors": True, "dtype": dtype}
+        keywords |= {"variant": source.variant, "dtype": dtype,
+                     "use_safetensors": None if source.allow_pickle else True}
     try:
         loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, or not in the "
-                        f"cache while offline? ({first_line(error)})") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
+                        f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
     return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
 
 
@@ -1000,21 +1054,75 @@ def load_trainable(run: Run) -> TrainableSDXL:
 
 
 @contextmanager
-def written_beside(path: Path, writer: str = "") -> Iterator[Path]:
+def written_beside(path: Path, writer: str = "", size: int = 0) -> Iterator[Path]:
     """A file or folder to write that becomes `path` when the block ends well: nothing half-written bears its name.
 
-    Where several processes may write the same file, each needs a name as writer.
+    Where several processes may write the same file, each needs a name as writer. Raises TrainingError, which tells
+    how many bytes are to be written if size is given, where the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}{writer}.tmp")
-    remove(unfinished)  # of a run that was killed
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(unfinished)  # of a run that was killed
         yield unfinished
+        to_disk(unfinished)
         if path.is_dir():  # a folder cannot be replaced, as a file can
             remove(path)
         unfinished.replace(path)
+        to_disk(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        remove(unfinished)
+        causes = (error, error.__context__, error.__cause__)
+        if not any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+            raise
+        needed = f" needs {megabytes(size)}, but" if size else ": the disk is full,"
+        raise TrainingError(f"{path}{needed} {megabytes(free_bytes(path.parent))} are free; make room. What was "
+                            "written before is whole.") from error
     finally:
         remove(unfinished)
+
+
+def to_disk(path: Path) -> None:
+    """Let a file or a folder, with what is in it, survive a power failure."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    for part in (*(path.iterdir() if path.name.endswith(".tmp") and path.is_dir() else ()), path):
+        handle = os.open(part, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder that need not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def check_space(folder: Path, needed: float, what: str) -> None:
+    """Warn where a disk has less room than will be needed."""
+    if needed > free_bytes(folder):
+        logger.warning("warning: %s will need up to %s in %s, where %s are free.", what, megabytes(needed), folder,
+                       megabytes(free_bytes(folder)))
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Hold the output folder; a second run is refused, and the lock dies with its owner. Raises UserError."""
+    if not IS_FIRST_RANK:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            for unfinished in output.glob(".*.tmp"):  # of a run that was killed
+                remove(unfinished)
+            yield
+    except Timeout:
+        raise UserError(f"--output_dir {output} is in use by another run; wait for it, or choose another.") from None
 
 
 def remove(path: Path) -> None:
@@ -1060,9 +1168,10 @@ class Store:
 
     def put(self, key: str, **tensors: Tensor) -> None:
         """Keep tensors. Raises TrainingError if the disk does not take them."""
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         try:
-            with written_beside(self.path(key), f".{os.getpid()}") as unfinished:
-                unfinished.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+            with written_beside(self.path(key), f".{os.getpid()}", len(data)) as unfinished:
+                unfinished.write_bytes(data)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the cache folder {self.folder} cannot be written ({first_line(error)}); free some "
                                 "space or choose another --cache_latents_dir.") from error
@@ -1296,6 +1405,7 @@ class Batch(NamedTuple):
     add_time_ids: Tensor  # (B, 6): original height and width, crop top and left, target height and width
     weight: Tensor  # (B,)
     instance_rows: int
+    names: tuple[str, ...] = ()  # of its pictures, with their prompts
 
 
 @dataclass(frozen=True)
@@ -1307,6 +1417,8 @@ class Cache:
     weight: Tensor  # (samples,)
     views: list[list[int]]  # of each sample
     prompts: list[int]  # of each sample: its row in the text table
+    names: list[str]  # of each sample
+    digest: str  # of all that is trained on: pixels, prompts, weights
 
     def batch(self, table: TextTable, order: Order, n: int) -> Batch:
         """Gather micro-batch n; which view of a picture it sees is a function of n, too."""
@@ -1314,7 +1426,8 @@ class Cache:
         seen = [self.views[row][position_seed(order.seed, "view", n, i) % len(self.views[row])]
                 for i, row in enumerate(rows)]
         text = table.at([self.prompts[row] for row in rows])
-        return Batch(*self.moments(seen), text, self.add_time_ids[seen], self.weight[rows], order.batch_size)
+        names = tuple(self.names[row] for row in rows)
+        return Batch(*self.moments(seen), text, self.add_time_ids[seen], self.weight[rows], order.batch_size, names)
 
 
 def cut_view(picture: Image.Image, view: View, resolution: int) -> np.ndarray:
@@ -1360,8 +1473,8 @@ def views_of(run: Run, number_: int, sample: Sample) -> tuple[tuple[int, int], d
     return picture.size, {view: cut_view(small, view, args.resolution) for view in dict.fromkeys(views)}
 
 
-Look = tuple[str, tuple[int, ...]]
-"""A view as it is kept: the key of its moments, and its add_time_ids."""
+Look = tuple[str, str, tuple[int, ...]]
+"""A view as it is kept: the key of its moments, a hash of its pixels, and its add_time_ids."""
 
 
 def encode_views(run: Run, samples: Sequence[Sample]) -> dict[int, list[Look]]:
@@ -1374,11 +1487,12 @@ def encode_views(run: Run, samples: Sequence[Sample]) -> dict[int, list[Look]]:
     for number_, (size, views) in zip(share, viewed, strict=True):
         looks[number_] = []
         for view, cut in views.items():
-            key = content_key(*made_by, resolution, cut.tobytes())
+            pixels = content_key(resolution, cut.tobytes())
+            key = content_key(*made_by, pixels)
             if not run.store.has(key):
                 mean, std = encode_image(vae(), to_pixels(cut), str(samples[number_].path))
                 run.store.put(key, mean=mean, std=std)
-            looks[number_].append((key, (size[1], size[0], view.top, view.left, resolution, resolution)))
+            looks[number_].append((key, pixels, (size[1], size[0], view.top, view.left, resolution, resolution)))
         bar.update()
     bar.close()
     return looks
@@ -1389,12 +1503,15 @@ def build_cache(run: Run, samples: Sequence[Sample], table: TextTable) -> Cache:
     looks = {number_: seen for part in gather_object([encode_views(run, samples)]) for number_, seen in part.items()}
     numbers = {look: i for i, look in enumerate(dict.fromkeys(look for i in sorted(looks) for look in looks[i]))}
     weights = [run.args.prior_loss_weight if sample.is_class else 1.0 for sample in samples]
+    seen = [[(pixels, ids) for _, pixels, ids in looks[i]] for i in range(len(samples))]
     return Cache(
-        moments=make_moments(run.store, [key for key, _ in numbers], run.device),
-        add_time_ids=torch.tensor([ids for _, ids in numbers], device=run.device, dtype=torch.float32),
+        moments=make_moments(run.store, [key for key, _, _ in numbers], run.device),
+        add_time_ids=torch.tensor([ids for _, _, ids in numbers], device=run.device, dtype=torch.float32),
         weight=torch.tensor(weights, device=run.device),
         views=[[numbers[look] for look in looks[i]] for i in range(len(samples))],
-        prompts=[table.prompts.index(sample.prompt) for sample in samples])
+        prompts=[table.prompts.index(sample.prompt) for sample in samples],
+        names=[f'{sample.path} ("{sample.prompt}")' for sample in samples],
+        digest=content_key(seen, weights, [sample.prompt for sample in samples]))
 
 
 def make_moments(store: Store, keys: list[str], device: torch.device) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
@@ -1517,6 +1634,25 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
 # One literal dictionary, written beside and renamed; signals that end a run after the step in progress.
 
 
+KEPT_SETTINGS = (
+    "rank", "lora_alpha", "lora_dropout", "train_text_encoder", "base_precision", "resolution", "train_batch_size",
+    "snr_gamma", "max_grad_norm", "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+    "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
+    "adam_weight_decay_text_encoder")
+"""Flags that make the run what it is. Others, such as --max_train_steps, validation, logging and where things are, may
+change between start and resume.
+"""
+
+
+def settings_of(run: Run, digest: str) -> dict[str, Any]:
+    """What may not change between start and resume, by the name that an error calls it."""
+    split = run.args.gradient_accumulation_steps * run.accelerator.num_processes
+    return {**{f"--{name}": getattr(run.args, name) for name in KEPT_SETTINGS}, "--seed": run.seed,
+            "--mixed_precision": run.accelerator.mixed_precision,
+            "the base model": Path(run.base.name).name,  # its folder may have moved
+            "--gradient_accumulation_steps times processes": split, "what the pictures and prompts hash to": digest}
+
+
 @dataclass
 class TrainingState:
     """The objects whose state a checkpoint holds; randomness and order need none, they are functions of the step."""
@@ -1525,11 +1661,13 @@ class TrainingState:
     optimizer: Any
     lr_scheduler: Any
     scaler: Any
+    settings: dict[str, Any]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """All that a resumed run needs to equal one that never stopped."""
         return {
             "step": step,
+            "settings": self.settings,
             "adapters": {name: parameter.detach().cpu() for name, parameter in self.model.adapters().items()},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -1537,43 +1675,75 @@ class TrainingState:
         }
 
     def load(self, folder: Path) -> int:
-        """Take up a checkpoint's state and return its step. Raises UserError if it is broken or does not fit."""
-        try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            saved, adapters = state["adapters"], self.model.adapters()
-            if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in adapters.items()}:
-                raise UserError(f"--resume_from_checkpoint {folder} holds other adapters than this run: was it made "
-                                "with another --rank or --train_text_encoder?")
-            for name, parameter in adapters.items():
-                parameter.data.copy_(saved[name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if self.scaler and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"--resume_from_checkpoint {folder} is no sound checkpoint ({first_line(error)}); resume "
-                            "from an older one.") from error
+        """Take up a checkpoint's state and return its step. Raises UserError if it does not fit, ValueError and its
+        like if it is broken.
+        """
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)  # runs no code
+        for name, now in self.settings.items():
+            then = state["settings"][name]
+            if then != now:
+                raise UserError(f"--resume_from_checkpoint {folder}: {name} was {then} and is now {now}; a run goes "
+                                "on as it began, so change it back, or start anew in another --output_dir.")
+        for name, parameter in self.model.adapters().items():
+            parameter.data.copy_(state["adapters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         return state["step"]
+
+
+def resume(name: str | None, output: Path, state: TrainingState) -> int:
+    """The step to go on from: of the checkpoint that was named, or the last sound one; 0 to begin anew.
+
+    Raises UserError if what is there is broken or does not fit.
+    """
+    folders = list_checkpoints(output)[::-1] if name == "latest" else [find_checkpoint(name, output)] if name else []
+    if name == "latest" and not folders:
+        say([("Resume", f"no checkpoint in {output} yet: this run begins anew")])
+    for folder in folders:
+        try:
+            return state.load(folder)
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+            logger.warning("warning: %s is no sound checkpoint (%s).", folder, first_line(error))
+    if folders:
+        raise UserError(f"--resume_from_checkpoint {name}: nothing sound is there to resume from; start anew in "
+                        "another --output_dir.")
+    return 0
 
 
 def save_checkpoint(output: Path, state: TrainingState, keep: int | None, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove the oldest beyond `keep`."""
-    with written_beside(output / f"checkpoint-{step}") as folder:
+    saved = state.state_dict(step)
+    size = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
+    with written_beside(output / f"checkpoint-{step}", size=size) as folder:
         folder.mkdir()
         write_lora(folder / LORA_FILE, state.model)
         with open(folder / "state.pt", "wb") as file:
-            torch.save(state.state_dict(step), file)
-            file.flush()
-            os.fsync(file.fileno())
+            torch.save(saved, file)
     for old in list_checkpoints(output)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        doomed = old.with_name(f".{old.name}.tmp")  # a run that is killed meanwhile leaves no half of a checkpoint
+        old.replace(doomed)
+        remove(doomed)
+
+
+class Wishes(NamedTuple):
+    """What signals and the clock ask of the loop, alike on all ranks."""
+
+    stop: int  # a signal's number, TIME_IS_UP, or 0
+    save: int  # whether a checkpoint is due by the clock
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGUSR1 so that the step in progress can end; a second one ends the run at once."""
+    """SIGINT, SIGTERM and SIGUSR1 end the run: at once while it is prepared, after the step in progress while it
+    trains; a second one at once. The clock asks for the same, and for checkpoints.
+    """
 
-    def __init__(self) -> None:
-        self.signum, self.before = 0, {}
+    def __init__(self, run_minutes: float | None, checkpoint_minutes: float | None) -> None:
+        self.signum, self.training, self.before = 0, False, {}
+        self.began = self.saved = time.monotonic()
+        self.run_seconds = 60 * (run_minutes or math.inf)
+        self.checkpoint_seconds = 60 * (checkpoint_minutes or math.inf)
 
     def __enter__(self) -> StopSignals:
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -1589,16 +1759,25 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def note(self, signum: int, frame: object) -> None:
-        """Remember the first signal."""
+        """Remember the first signal, if there is a step to end. Raises Stopped otherwise."""
         if self.signum:
-            raise KeyboardInterrupt("stopped at once, at your second request; the last checkpoint is whole.")
+            raise Stopped(signum, "Stopped at once, at your second request; the last checkpoint is whole.")
         self.signum = signum
+        if not self.training:
+            raise Stopped(signum, "Stopped before training began. What was encoded and drawn is kept: the same "
+                                  "command goes on from there.")
 
-    def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any rank has seen, on all ranks at the same step; 0 for none."""
-        if accelerator.num_processes == 1:
-            return self.signum
-        return int(accelerator.gather(torch.tensor([self.signum], device=accelerator.device)).max())
+    def wishes(self, accelerator: Accelerator) -> Wishes:
+        """What any rank has been asked for, on all ranks at the same step."""
+        now = time.monotonic()
+        stop = self.signum or TIME_IS_UP * (now - self.began > self.run_seconds)
+        save = int(now - self.saved > self.checkpoint_seconds)
+        if accelerator.num_processes > 1:
+            asked = accelerator.gather(torch.tensor([[stop, save]], device=accelerator.device))
+            stop, save = asked.amax(dim=0).tolist()
+        if save:
+            self.saved = now
+        return Wishes(stop, save)
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -1635,10 +1814,10 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable
     def validate(step: int) -> None:
         with as_users_load_it(model):
             studio = open_studio(run, model, table, args.validation_prompt)
-            latents = [studio.draw([run.seed + index]) for index in share]  # the memory of one at a time
+            latents = [studio.draw([run.seed + index]) for index in share if not run.stop.signum]  # one at a time
         images = decode_latents(run, model.unet, load_part(run.vae, "vae", run.dtype), latents)
-        pictures = gather_object(list(zip(share, images, strict=True)))
-        if accelerator.is_main_process:
+        pictures = gather_object(list(zip(share, images, strict=False)))  # fewer, where a signal came
+        if accelerator.is_main_process and pictures:
             show_pictures(run, step, [image for _, image in sorted(pictures, key=lambda numbered: numbered[0])])
         accelerator.wait_for_everyone()
 
@@ -1694,37 +1873,92 @@ def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> 
 
 
 class Progress:
-    """The bar, and the loss averaged over what was seen since the last look; only looking waits for the device."""
+    """The bar, and what was seen since the last look; only looking waits for the device."""
 
-    def __init__(self, accelerator: Accelerator, lr_scheduler: Any, schedule: Schedule, step: int) -> None:
-        self.accelerator, self.lr_scheduler = accelerator, lr_scheduler
+    def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int) -> None:
+        self.accelerator, self.scaler, self.lr_scheduler = run.accelerator, run.accelerator.scaler, lr_scheduler
         self.samples_per_step = schedule.samples_per_step
+        self.skips = run.args.on_nan == "skip" and not self.scaler  # a scaler skips by itself
+        self.max_skipped, self.skipped = run.args.max_skipped_steps, 0
         self.bar = progress_bar(schedule.total_steps, "Training", step)
-        self.losses, self.grad_norm, self.loss = [], torch.zeros(()), math.nan
+        self.step, self.seen, self.loss = step, [], math.nan  # seen: of each micro-batch its step, names and loss
+        self.norms, self.finite = [], deque(maxlen=5)
         self.looked_at, self.since = step, time.perf_counter()
 
-    def advance(self, grad_norm: Tensor) -> None:
-        """Note a finished step."""
-        self.grad_norm = grad_norm
-        self.bar.update()
+    def note(self, batch: Batch, loss: Tensor) -> None:
+        """Note a micro-batch."""
+        self.seen.append((self.step + 1, batch.names, loss))
 
-    def report(self, step: int) -> None:
-        """Tell bar and trackers, if there is news. Raises TrainingError if the loss is not finite."""
-        if not self.losses:
+    def accept(self, grad_norm: Tensor) -> bool:
+        """Count a step that has its gradients; False if it is not to be taken. Raises TrainingError after too many."""
+        self.step += 1
+        self.bar.update()
+        if self.skips and not math.isfinite(grad_norm):
+            self.skipped += 1
+            self.seen = [entry for entry in self.seen if entry[0] != self.step]
+            if self.skipped > self.max_skipped:
+                raise TrainingError(f"more than --max_skipped_steps {self.max_skipped} steps had gradients that are "
+                                    "not finite; the last checkpoint is whole. A lower --learning_rate helps.")
+            return False
+        self.norms.append((self.step, grad_norm))
+        return True
+
+    def report(self) -> None:
+        """Tell bar and trackers, if there is news. Raises TrainingError if a number is not finite."""
+        if not self.seen:
             return
-        mean = torch.stack(self.losses).mean()
-        self.loss, now = self.accelerator.reduce(mean, "mean").item(), time.perf_counter()
+        losses = torch.stack([loss for _, _, loss in self.seen])
+        norms = torch.stack([norm.to(losses) for _, norm in self.norms])
+        own = losses.mean() if self.scaler else losses.mean() + 0 * norms.sum()  # a scaler's norms overflow at times
+        self.loss, now = self.accelerator.reduce(own, "mean").item(), time.perf_counter()
         if not math.isfinite(self.loss):
-            raise TrainingError(f"the loss became {self.loss} between steps {self.looked_at} and {step}; the last "
-                                "checkpoint is whole. A lower --learning_rate or --mixed_precision bf16 helps.")
+            raise TrainingError(self.trouble(losses.tolist(), norms.tolist()))
+        self.finite.extend(losses.tolist())
+        if self.scaler and self.scaler.get_scale() < 1:
+            raise TrainingError(f"at step {self.step} the fp16 scaler came down to {self.scaler.get_scale():g}: every "
+                                "gradient overflows. Use --mixed_precision bf16, or a lower --learning_rate.")
         rates = dict(zip(("lr/unet", "lr/text_encoder"), self.lr_scheduler.get_last_lr(), strict=False))
         self.accelerator.log({
-            "loss": self.loss, "grad_norm": float(self.grad_norm), "peak_memory_gb": peak_memory_gb(mean.device),
-            "samples_per_second": (step - self.looked_at) * self.samples_per_step / (now - self.since), **rates},
-            step=step)
+            "loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
+            "samples_per_second": (self.step - self.looked_at) * self.samples_per_step / (now - self.since), **rates},
+            step=self.step)
         self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
-        self.losses.clear()
-        self.looked_at, self.since = step, now
+        self.seen.clear()
+        self.norms.clear()
+        self.looked_at, self.since = self.step, now
+
+    def trouble(self, losses: list[float], norms: list[float]) -> str:
+        """Name the first step whose numbers are not finite, its pictures and prompts, and what helps."""
+        bad = [(step, f"loss {loss}", names) for (step, names, _), loss in zip(self.seen, losses, strict=True)
+               if not math.isfinite(loss)]
+        bad += [(step, f"gradient norm {norm}", sum((names for at, names, _ in self.seen if at == step), ()))
+                for (step, _), norm in zip(self.norms, norms, strict=True) if not math.isfinite(norm)]
+        found = [entry for part in gather_object([bad]) for entry in part]  # every rank is in trouble at once
+        step, what, names = min(found, key=lambda entry: entry[:1])
+        last = ", ".join(f"{loss:.4g}" for loss in self.finite) or "none"
+        return (f"step {step} has {what}, with {'; '.join(dict.fromkeys(names))} (finite losses before: {last}). The "
+                "last checkpoint is whole, nothing was written over it. A lower --learning_rate, --mixed_precision "
+                "bf16 or --on_nan skip helps; or is one of these pictures odd?")
+
+
+class GradientWatch:
+    """Says which adapters got no gradient at all in a run's first steps."""
+
+    def __init__(self, adapters: dict[str, nn.Parameter], steps: int = 20) -> None:
+        self.adapters, self.left, self.largest = adapters, steps, torch.zeros(())
+
+    def look(self) -> None:
+        """Look at a step's gradients; at the last of the first steps, warn."""
+        if not self.left:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.adapters.values()]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.largest, self.left = torch.maximum(self.largest.to(norms.device), norms), self.left - 1
+        idle = [] if self.left else [name for name, norm in zip(self.adapters, self.largest.tolist(), strict=True)
+                                     if norm == 0]
+        if idle:
+            logger.warning("warning: %d of %d adapters got no gradient, %s first: they learn nothing.", len(idle),
+                           len(self.adapters), idle[0])
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -1767,19 +2001,19 @@ class Outcome(NamedTuple):
 
     step: int
     loss: float
-    stopped_by: int  # a signal's number, or 0
+    stopped_by: int  # a signal's number, TIME_IS_UP, or 0
+    skipped: int  # steps whose numbers were not finite
 
 
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective,
-          validate: Callable[[int], None], schedule: Schedule) -> Outcome:
-    """Train the adapters, resuming where a checkpoint left off."""
+          validate: Callable[[int], None], schedule: Schedule, digest: str) -> Outcome:
+    """Train the adapters, resuming where a checkpoint left off; digest is that of the data."""
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
     lr_scheduler = make_lr_scheduler(args, optimizer, last)
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
-    state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, run.output)
-    step = state.load(checkpoint) if checkpoint else 0
+    state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, settings_of(run, digest))
+    step = resume(args.resume_from_checkpoint, run.output, state)
     save = functools.partial(save_checkpoint, run.output, state, args.checkpoints_total_limit)
     save = save if accelerator.is_main_process else lambda step: None
     adapters = list(model.adapters().values())
@@ -1787,30 +2021,29 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     if step == 0:
         validate(0)
     model.train()
-    progress = Progress(accelerator, lr_scheduler, schedule, step)
-    with StopSignals() as stop, progress.bar:
-        while step < last and not stop.agreed(accelerator):
+    progress, watch = Progress(run, lr_scheduler, schedule, step), GradientWatch(model.adapters())
+    run.stop.training = True
+    wishes = Wishes(0, 0)
+    with progress.bar:
+        while step < last and not wishes.stop:
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
                 torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
-                progress.losses.append(backward(accelerator, model, objective, batch_at(n)))
+                batch = batch_at(n)
+                progress.note(batch, backward(accelerator, model, objective, batch))
             share_gradients(accelerator, adapters)
-            grad_norm = accelerator.clip_grad_norm_(adapters, args.max_grad_norm)
-            optimizer.step()
+            watch.look()
+            if progress.accept(accelerator.clip_grad_norm_(adapters, args.max_grad_norm)):
+                optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
-            step += 1
-            progress.advance(grad_norm)
-            if due(step, LOG_STEPS, last):
-                progress.report(step)
-            if due(step, args.checkpointing_steps):
-                progress.report(step)  # a loss that is not finite ends the run here, before anything is overwritten
+            step, wishes = step + 1, run.stop.wishes(accelerator)
+            if due(step, LOG_STEPS, last) or wishes.stop or wishes.save or due(step, args.checkpointing_steps):
+                progress.report()  # a number that is not finite ends the run here, before anything is overwritten
+            if due(step, args.checkpointing_steps) or wishes.save or (wishes.stop and step < last):
                 save(step)
             if due(step, validation_steps, last):
                 validate(step)
-        stopped_by = stop.agreed(accelerator)
-    if stopped_by:
-        save(step)
-    return Outcome(step, progress.loss, stopped_by)
+    return Outcome(step, progress.loss, wishes.stop if step < last else 0, progress.skipped)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
@@ -1939,26 +2172,59 @@ def write_card(run: Run, repo: str, step: int, pictures: int) -> list[Path]:
     return gallery
 
 
+HUB_WAITS = (1, 3, 9)  # seconds before the Hub is asked again
+
+
+def patiently(ask: Callable[[], Any]) -> Any:
+    """Ask the Hub again where it is busy or out of reach; what it refuses stays refused."""
+    for wait in HUB_WAITS:
+        try:
+            return ask()
+        except Exception as error:  # its client's networking library has errors of its own, by another name each year
+            if status_of(error) in range(400, 500) and status_of(error) not in (408, 429):
+                raise
+            time.sleep(wait)
+    return ask()
+
+
+def status_of(error: Exception) -> int:
+    """The status that the Hub answered, or 0."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
+
+
 def create_repository(args: argparse.Namespace) -> str:
-    """Create the Hub repository, or find it there, before training begins; returns its id. Raises UserError."""
+    """Create the Hub repository, or find it there, before training begins; returns its id.
+
+    Raises UserError if the Hub refuses, HubError if it does not answer.
+    """
     name, api = args.hub_model_id or Path(args.output_dir).resolve().name, HfApi(token=args.hub_token)
+    private = args.hub_private_repo or None
     try:
-        return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"--push_to_hub cannot create {name}: {first_line(error)}") from None  # it holds the token
+        return patiently(lambda: api.create_repo(name, private=private, exist_ok=True).repo_id)
+    except Exception as error:
+        if status_of(error) in range(400, 500) or isinstance(error, ValueError):
+            raise UserError(f"--push_to_hub cannot create {name}: {first_line(error)}; is the token's right to write "
+                            "there missing?") from None  # the cause holds the token
+        raise HubError(f"--push_to_hub: the Hub does not answer ({first_line(error)}). Nothing was begun; try later, "
+                       "or train without --push_to_hub and push then.") from None
 
 
 def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
-    """Upload LoRA, card and gallery, and nothing else, in one commit; returns its address. Raises TrainingError."""
-    output = Path(args.output_dir)
-    operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path)
-                  for path in (output / LORA_FILE, output / "README.md", *gallery)]
+    """Upload LoRA, card and gallery, and nothing else, in one commit; returns its address. Raises HubError."""
+    output, api = Path(args.output_dir), HfApi(token=args.hub_token)
+
+    def upload() -> str:
+        operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path)
+                      for path in (output / LORA_FILE, output / "README.md", *gallery)]
+        return api.create_commit(repo, operations, commit_message="LoRA, card and pictures").commit_url
+
     try:
-        commit = HfApi(token=args.hub_token).create_commit(repo, operations, commit_message="LoRA, card and pictures")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise TrainingError(f"the upload to {repo} failed ({first_line(error)}); all is safe in {output}. Try again:\n"
-                            f"    hf upload {repo} {output} --include {LORA_FILE} README.md 'validation/*'") from None
-    return commit.commit_url
+        return patiently(upload)
+    except Exception as error:  # whatever happened to the upload, the training is safe
+        names = (LORA_FILE, "README.md", *(path.relative_to(output).as_posix() for path in gallery))
+        wanted = " ".join(f"--include {shlex.quote(name)}" for name in names)
+        raise HubError(f"the upload to {repo} failed ({first_line(error)}); LoRA, card and pictures are safe in "
+                       f"{output}. Push them with\n    hf upload {repo} {shlex.quote(str(output))} {wanted}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- memory estimate
@@ -2227,7 +2493,7 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
 # The phases, in the order in which they happen.
 
 
-def start(args: argparse.Namespace) -> Run:
+def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -2249,12 +2515,14 @@ def start(args: argparse.Namespace) -> Run:
         check_xformers(accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    stop = stop or StopSignals(None, None)
     seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
     store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
-    base = Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    base = Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir,
+                  allow_pickle=args.allow_pickle)
     other = args.pretrained_vae_model_name_or_path  # the base model's revision and variant do not apply to it
-    vae = Source(other, cache_dir=args.cache_dir, is_pipeline=False) if other else base
-    return Run(args, accelerator, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae))
+    vae = Source(other, None, None, args.cache_dir, False, args.allow_pickle) if other else base
+    return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae))
 
 
 def check_xformers(device: torch.device) -> None:
@@ -2271,7 +2539,7 @@ def check_xformers(device: torch.device) -> None:
 
 def say(rows: Iterable[tuple[str, str]]) -> None:
     """Print a small table of what is known, leaving out what does not apply."""
-    logger.info("\n".join(f"{name:10}{text}" for name, text in rows if text))
+    logger.info("\n".join(f"{name:10}{text}".replace("\n", " ") for name, text in rows if text))
 
 
 def say_plan(run: Run, schedule: Schedule, pictures: int) -> None:
@@ -2310,32 +2578,41 @@ def say_estimate(run: Run, budget: float | None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train as args say: the table of contents."""
+    """Train as args say, or tell what it would take."""
     started = time.perf_counter()
-    run = start(args)
-    budget = memory_budget(run)
-    run = within_budget(run, budget)
+    with StopSignals(args.max_train_minutes, args.checkpointing_minutes) as stop:
+        run = start(args, stop)
+        budget = memory_budget(run)
+        run = within_budget(run, budget)
+        if args.estimate_memory:
+            say_estimate(run, budget)
+            return
+        objective = make_objective(run.scheduler, args.snr_gamma, run.device)
+        repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
+        with alone_in(run.output):
+            teach(run, objective, repo, started)
+
+
+def teach(run: Run, objective: Objective, repo: str, started: float) -> None:
+    """The phases of a run: the table of contents."""
     args = run.args
-    if args.estimate_memory:
-        say_estimate(run, budget)
-        return
-    objective = make_objective(run.scheduler, args.snr_gamma, run.device)
-    repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
     subject = instance_samples(args)
     pictures = len({sample.path for sample in subject})
     schedule = plan_steps(args, len(subject), run.accelerator.num_processes)
     say_plan(run, schedule, pictures)
     make_class_images(run)
     samples = subject + class_samples(args)
+    check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
     prompts = [*(sample.prompt for sample in samples), args.validation_prompt]
     table = build_text(run, prompts, args.train_text_encoder, run.dtype)
     cache = build_cache(run, samples, table)
     say([("Cache", run.store.report())])
     order = Order(range(len(subject)), range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
+    check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
     open_output(run)
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
-                    make_validator(run, model, table), schedule)
+                    make_validator(run, model, table), schedule, cache.digest)
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, pictures, (time.perf_counter() - started) / 60)
     run.accelerator.end_training()
@@ -2343,6 +2620,20 @@ def main(args: argparse.Namespace) -> None:
         command = f"accelerate launch {Path(__file__).name} --config {run.output / CONFIG_FILE}"
         raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. Go on "
                       f"with\n    {command} --resume_from_checkpoint latest")
+
+
+def cache_bytes(run: Run, samples: int) -> int:
+    """The most that the latents of so many samples take on the disk."""
+    views = 1 if run.args.center_crop and not run.args.random_flip else run.args.cache_variants
+    latent = 4 * (run.args.resolution // run.vae_factor) ** 2
+    return samples * views * latent * 2 * 4  # mean and std in float32
+
+
+def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: Schedule) -> int:
+    """The most that checkpoints and the LoRA take on the disk at once; the one being written counts."""
+    adapters = sum(parameter.nbytes for parameter in model.adapters().values())
+    checkpoints = 1 + min(args.checkpoints_total_limit or math.inf, schedule.total_steps // args.checkpointing_steps)
+    return adapters + checkpoints * 4 * adapters  # a LoRA, the adapters and two moments
 
 
 def open_output(run: Run) -> None:
@@ -2364,7 +2655,8 @@ def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, pictures
     if run.args.push_to_hub and not outcome.stopped_by:
         address = push(run.args, repo, gallery)
     say([
-        ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, loss {outcome.loss:.4f}"),
+        ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, loss {outcome.loss:.4f}"
+                 + (f"; {outcome.skipped} steps were skipped, their numbers not finite" if outcome.skipped else "")),
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("Pictures", f"{run.output / 'progress.png'}" if run.args.validation_prompt else ""),
         ("Card", f"{run.output / 'README.md'}"),

@@ -67,6 +67,7 @@ def time_steps(base: Path, out: Path, pairs: int) -> list[tuple[float, float]]:
         objective: trainer.Objective,
         validate: Callable,
         schedule: trainer.Schedule,
+        digest: str,
     ) -> trainer.Outcome:
         bare = make_bare_step(model, batch_at(0))
         optimizer_step = [time.perf_counter()]
@@ -82,7 +83,7 @@ def time_steps(base: Path, out: Path, pairs: int) -> list[tuple[float, float]]:
             optimizer_step[0] = time.perf_counter()
             return batch_at(n)
 
-        return original(run, model, batch_and_clock, objective, validate, schedule)
+        return original(run, model, batch_and_clock, objective, validate, schedule, digest)
 
     trainer.train = paired
     trainer.main(args)

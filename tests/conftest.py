@@ -23,9 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
-import train_dreambooth_lora_sdxl as trainer
-
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import train_dreambooth_lora_sdxl as trainer  # noqa: E402 (it brings bitsandbytes, which would talk)
+
 torch.set_num_threads(1)  # two threads on two busy cores are 8 to 30 times slower
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_dreambooth_lora_sdxl.py"

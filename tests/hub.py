@@ -13,7 +13,7 @@ class Hub:
 
     def __init__(self, token: str) -> None:
         self.token, self.files, self.objects, self.private, self.requests = token, {}, {}, {}, []
-        self.refuse: dict[str, int] = {}  # part of a path -> status that it answers
+        self.refuse: dict[str, int | list[int]] = {}  # part of a path -> status of each answer, 0 breaks the line
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,6 +36,11 @@ class Hub:
         path = unquote(urlsplit(request.path).path)
         self.requests.append((request.command, path))
         status = next((code for part, code in self.refuse.items() if part in path), None)
+        if isinstance(status, list):  # one after the other, then all is well
+            status = status.pop(0) if status else None
+        if status == 0:
+            request.close_connection = True
+            return None
         public = path.startswith("/storage/") or path == "/api/validate-yaml"
         if (
             status is None

@@ -126,15 +126,6 @@ def test_two_runs_share_a_folder_at_the_same_time(train, tmp_path):
     assert not list((tmp_path / "cache").glob(".*"))
 
 
-def test_a_full_disk_is_one_sentence(train, monkeypatch):
-    def full(*rest):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer, "save", full)
-    with pytest.raises(trainer.TrainingError, match=r"cache folder .*No space left.*--cache_latents_dir"):
-        train()
-
-
 def test_a_cache_folder_that_cannot_be_written_is_refused_at_the_door(train, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(trainer.UserError, match="--cache_latents_dir"):

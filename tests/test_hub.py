@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,12 +109,79 @@ def test_a_refused_repository_costs_seconds_not_hours(train, hub, status):
     assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
 
 
-def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub):
-    hub.refuse["/commit/"] = 500
-    told = push(train, hub, hub_token=TOKEN, hub_model_id="me/dog")
-    assert told.returncode == 1 and "hf upload me/dog" in told.stderr and "Traceback" not in told.stderr
-    assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
+IMPATIENT = (
+    "import sys, train_dreambooth_lora_sdxl as trainer\n"
+    "trainer.HUB_WAITS = (0, 0)\n"
+    "with trainer.one_sentence():\n    trainer.main(trainer.parse_args(sys.argv[1:]))\n"
+)
+
+
+def push_impatiently(train, hub, **flags):
+    """The same without seconds between two tries."""
+    shell = train.shell
+    env = {"HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+
+    def without_script(env=None, **flags):
+        command = [sys.executable, "-c", IMPATIENT, *train.words(**flags)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=train.folder)
+
+    train.shell = without_script
+    try:
+        return push(train, hub, env=env, hub_model_id="me/dog", **flags)
+    finally:
+        train.shell = shell
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 0])
+def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub, status):
+    """A line that breaks is 0. The command that is printed pushes later."""
+    hub.refuse["/commit/"] = status
+    told = push_impatiently(train, hub)
+    assert told.returncode == 3 and "Traceback" not in told.stderr, told.stderr
+    output = Path(train.flags["output_dir"])
+    assert (output / trainer.LORA_FILE).exists() and (output / "checkpoint-2" / "state.pt").exists()
     assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
+    hub.refuse.clear()
+    command = told.stderr.splitlines()[-1].split()
+    assert command[:3] == ["hf", "upload", "me/dog"]
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    later = subprocess.run([Path(sys.executable).parent / "hf", *command[1:]], env=env, capture_output=True, text=True)
+    assert later.returncode == 0, later.stderr
+    assert set(hub.files["me/dog"]) == {trainer.LORA_FILE, "README.md", "validation/step-000002/00.png"}
+
+
+def test_a_busy_hub_is_asked_again(train, hub):
+    hub.refuse = {"/api/repos/create": [503, 0], "/commit/": [500, 429]}
+    told = push_impatiently(train, hub)
+    assert told.returncode == 0, told.stderr
+    assert trainer.LORA_FILE in hub.files["me/dog"]
+
+
+@pytest.mark.parametrize("status", [500, 0])
+def test_a_hub_that_does_not_answer_is_noticed_before_training(train, hub, status):
+    hub.refuse["/api/repos/create"] = status
+    told = push_impatiently(train, hub)
+    assert told.returncode == 3 and "the Hub does not answer" in told.stderr and "Traceback" not in told.stderr
+    assert not Path(train.flags["output_dir"]).exists()
+
+
+def test_the_token_is_in_no_process_title_while_training(train, hub):
+    output = Path(train.flags["output_dir"])
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(train.folder / "home")}
+    words = train.words(push_to_hub=True, hub_token=TOKEN, hub_model_id="me/dog", max_train_steps=100_000)
+    process = subprocess.Popen(
+        [sys.executable, str(trainer.__file__), *words], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 120
+    while not (output / trainer.CONFIG_FILE).exists() and time.time() < deadline:
+        time.sleep(0.2)
+    titles = {path: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()}
+    process.terminate()
+    told = process.communicate(timeout=60)[1]
+    assert str(trainer.__file__).encode() in titles[Path(f"/proc/{process.pid}/cmdline")]
+    assert not any(TOKEN.encode() in title for title in titles.values())
+    assert "others on this machine can see --hub_token" in told and TOKEN not in told
+    assert_nowhere(TOKEN, train.folder)
 
 
 def test_a_base_model_of_the_hub(train, hub, tiny):

@@ -42,6 +42,13 @@ PAIRS = {
         "train_text_encoder": True,
         "repeats": 2,
     },
+    "nf4, dropout, flips": {
+        "base_precision": "nf4",
+        "mixed_precision": "bf16",
+        "lora_dropout": 0.2,
+        "random_flip": True,
+        "gradient_accumulation_steps": 3,
+    },
 }
 
 
@@ -127,13 +134,13 @@ def test_trap_32_resume_from_odd_places(train, tmp_path):
     train(max_train_steps=1, resume_from_checkpoint="latest")  # an empty folder begins anew
     state = tmp_path / "elsewhere" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(trainer.UserError, match="no sound checkpoint"):
+    with pytest.raises(trainer.UserError, match="nothing sound is there"):
         train(max_train_steps=4, resume_from_checkpoint=str(tmp_path / "elsewhere"))
 
 
 def test_a_checkpoint_of_another_rank_is_refused(train, tmp_path):
     output = train(checkpointing_steps=2)
-    with pytest.raises(trainer.UserError, match="--rank"):
+    with pytest.raises(trainer.UserError, match="--rank was 4 and is now 8"):
         train(rank=8, output_dir=tmp_path / "other", resume_from_checkpoint=output / "checkpoint-2")
 
 
@@ -204,7 +211,8 @@ def test_trap_27_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_overwritt
     before = adapters(output)
     real = trainer.diffusion_loss
     monkeypatch.setattr(trainer, "diffusion_loss", lambda *rest: real(*rest) * math.nan)
-    with pytest.raises(trainer.TrainingError, match="the loss became nan"):
+    told = r"step 3 has loss nan, with .*\.png \(\"a photo of sks dog\"\).*--on_nan skip"
+    with pytest.raises(trainer.TrainingError, match=told):
         train(max_train_steps=30, checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint="latest")
     assert_equal(before, adapters(output))
     assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-2"]

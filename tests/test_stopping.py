@@ -1,0 +1,304 @@
+"""Runs that are stopped, killed, starved of disk, or given numbers that are not finite: nothing is lost."""
+
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPT
+from safetensors.torch import load_file
+
+import train_dreambooth_lora_sdxl as trainer
+
+
+def adapters(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / trainer.LORA_FILE)
+
+
+def same(first: Path, second: Path) -> bool:
+    ours, theirs = adapters(first), adapters(second)
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+CHANGES = {
+    "--learning_rate was 0.01 and is now 0.02": {"learning_rate": 0.02},
+    "--seed was 1 and is now 2": {"seed": 2},
+    "--snr_gamma was None and is now 5.0": {"snr_gamma": 5},
+    "--gradient_accumulation_steps times processes was 1 and is now 2": {"gradient_accumulation_steps": 2},
+    "--mixed_precision was no and is now bf16": {"mixed_precision": "bf16"},
+    "what the pictures and prompts hash to was": {"instance_prompt": "a photo of sks cat"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny, pictures):
+    """A run of two steps with a checkpoint at each."""
+    import conftest
+
+    conftest.reset_accelerate()
+    train = conftest.Trainer(tiny, pictures, tmp_path_factory.mktemp("trained"))
+    return train(checkpointing_steps=1)
+
+
+@pytest.mark.parametrize("told", CHANGES)
+def test_what_may_not_change_is_refused_with_both_values(train, trained, told):
+    with pytest.raises(trainer.UserError, match=told):
+        train(**CHANGES[told], max_train_steps=3, resume_from_checkpoint=trained / "checkpoint-1")
+
+
+def test_what_may_change_does(train, trained):
+    train(
+        max_train_steps=3,
+        resume_from_checkpoint=trained / "checkpoint-1",
+        validation_prompt="a dog",
+        num_validation_images=1,
+        checkpointing_steps=1,
+        gradient_checkpointing=True,
+    )
+
+
+def test_latest_passes_over_a_checkpoint_that_is_not_sound(train, tmp_path, capsys):
+    whole = train(max_train_steps=3, output_dir=tmp_path / "whole")
+    output = train(checkpointing_steps=1)
+    state = output / "checkpoint-2" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-300])
+    train(max_train_steps=3, resume_from_checkpoint="latest")
+    assert "checkpoint-2 is no sound checkpoint" in capsys.readouterr().out
+    assert same(output, whole)
+
+
+def test_latest_in_an_empty_folder_begins_anew_with_one_line(train, capsys):
+    train(resume_from_checkpoint="latest", log_level="info")
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_a_checkpoint_cannot_run_code(train, tmp_path, trained):
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    for content in (pickle.dumps(Canary()), None):
+        if content:
+            (folder / "state.pt").write_bytes(content)
+        else:
+            torch.save({**torch.load(trained / "checkpoint-1" / "state.pt"), "step": Canary()}, folder / "state.pt")
+        with pytest.raises(trainer.UserError, match="nothing sound"):
+            train(resume_from_checkpoint=folder)
+        assert not (tmp_path / "canary").exists()
+    torch.load(folder / "state.pt", weights_only=False)
+    assert (tmp_path / "canary").exists()  # the trap was armed
+
+
+def test_minutes_stop_a_run_and_ask_for_checkpoints(train, tmp_path):
+    with pytest.raises(trainer.Stopped, match="Stopped after step 1;") as stopped:
+        train(max_train_steps=50, max_train_minutes=1e-6)
+    assert stopped.value.exit_code == 0
+    output = Path(train.flags["output_dir"])
+    assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-1"]
+    train(max_train_steps=3, checkpointing_minutes=1e-6, resume_from_checkpoint="latest")
+    assert [folder.name for folder in trainer.list_checkpoints(output)] == [f"checkpoint-{i}" for i in (1, 2, 3)]
+    assert same(output, train(max_train_steps=3, output_dir=tmp_path / "whole"))
+
+
+PHASES = {  # what is called while the signal comes, and in which call; three are for class pictures
+    "caching": ("encode_image", 3),
+    "class pictures": ("save_picture", 2),
+    "first validation": ("decode_latents", 4),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_before_training_keeps_what_was_made(train, tmp_path, monkeypatch, phase):
+    flags = {
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a dog",
+        "num_class_images": 3,
+        "sample_batch_size": 1,
+        "validation_prompt": "a dog",
+        "num_validation_images": 2,
+    }
+    whole = train(**flags, output_dir=tmp_path / "whole")
+    for path in (tmp_path / "class").iterdir():
+        path.unlink()
+    name, at = PHASES[phase]
+    real, calls = getattr(trainer, name), []
+
+    def signalled(*arguments):
+        calls.append(name)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, name, signalled)
+    with pytest.raises(trainer.Stopped, match="before training began") as stopped:
+        train(**flags)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert not leftovers(tmp_path) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    assert same(train(**flags), whole)
+
+
+def test_a_signal_in_a_validation_ends_after_the_picture(train, monkeypatch):
+    real, drawn = trainer.Studio.draw, []
+
+    def draw(studio, seeds):
+        drawn.append(seeds)
+        if len(drawn) == 2 + 1:  # two pictures before the first step
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(studio, seeds)
+
+    monkeypatch.setattr(trainer.Studio, "draw", draw)
+    with pytest.raises(trainer.Stopped, match="Stopped after step 2") as stopped:
+        train(max_train_steps=9, validation_prompt="a dog", num_validation_images=2, validation_steps=1)
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1 and len(drawn) == 3
+
+
+def test_a_second_signal_ends_at_once():
+    stop = trainer.StopSignals(None, None)
+    stop.training = True
+    stop.note(signal.SIGINT, None)
+    with pytest.raises(trainer.Stopped, match="at once"):
+        stop.note(signal.SIGINT, None)
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(train):
+    output = Path(train.flags["output_dir"])
+    first = subprocess.Popen([sys.executable, str(SCRIPT), *train.words(max_train_steps=100_000)])
+    try:
+        deadline = time.time() + 120
+        while not (output / trainer.CONFIG_FILE).exists() and time.time() < deadline:
+            time.sleep(0.2)
+        with pytest.raises(trainer.UserError, match="--output_dir .* in use by another run"):
+            train()
+    finally:
+        first.kill()
+        first.wait()
+    train()
+
+
+def test_a_killed_runs_leftovers_are_swept(train):
+    output = Path(train.flags["output_dir"])
+    (output / ".checkpoint-7.tmp").mkdir(parents=True)
+    (output / ".checkpoint-7.tmp" / "state.pt").touch()
+    train()
+    assert not leftovers(output)
+
+
+SMALL_DISK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import train_dreambooth_lora_sdxl as trainer
+with trainer.one_sentence():
+    trainer.main(trainer.parse_args(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("kilobytes", "what"), [(8, "cache"), (300, "checkpoint"), (700, "a later checkpoint")])
+def test_a_full_disk_is_one_sentence_and_what_was_there_is_whole(train, tmp_path, kilobytes, what):
+    """In a tmpfs of so many kilobytes, mounted in a namespace of its own."""
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    words = train.words(output_dir=small / "out", checkpointing_steps=2, max_train_steps=8, rank=8)
+    script = (
+        f"mount -t tmpfs -o size={kilobytes}k tmpfs {small} && "
+        f'"$@"; code=$?; cp -r {small}/out {kept} && exit $code'
+    )
+    told = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", SMALL_DISK, str(SCRIPT.parent), *words],
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 1, told.stderr
+    error = told.stderr.replace("\r", "\n").splitlines()[-1]
+    assert error.startswith("error: ") and "MB" in error and "free" in error and "Traceback" not in told.stderr
+    assert not leftovers(kept)
+    for checkpoint in trainer.list_checkpoints(kept):
+        torch.load(checkpoint / "state.pt")
+    assert bool(trainer.list_checkpoints(kept)) == (what == "a later checkpoint"), told.stderr
+    if what == "checkpoint":
+        assert "warning: checkpoints and LoRA will need up to" in told.stdout
+
+
+def poisoned(steps: set[int]):
+    """diffusion_loss that is not finite in some of its calls."""
+    real, calls = trainer.diffusion_loss, []
+
+    def loss(*arguments):
+        calls.append(None)
+        return real(*arguments) * (math.nan if len(calls) in steps else 1)
+
+    return loss
+
+
+def test_skipping_leaves_the_step_out_and_counts_it(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "diffusion_loss", poisoned({2, 5}))
+    output = train(max_train_steps=8, on_nan="skip", log_level="info")
+    assert "2 steps were skipped" in capsys.readouterr().out
+    assert all(tensor.isfinite().all() for tensor in adapters(output).values())
+    monkeypatch.setattr(trainer, "diffusion_loss", poisoned(set(range(2, 9))))
+    with pytest.raises(trainer.TrainingError, match="more than --max_skipped_steps 3 steps"):
+        train(max_train_steps=8, on_nan="skip", max_skipped_steps=3, output_dir=tmp_path / "b")
+
+
+def test_a_gradient_that_overflows_is_named_too(train, monkeypatch):
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.inf
+
+    real = trainer.diffusion_loss
+    monkeypatch.setattr(trainer, "diffusion_loss", lambda *arguments: Overflow.apply(real(*arguments)))
+    with pytest.raises(trainer.TrainingError, match=r"step 1 has gradient norm (nan|inf), with .*\.png"):
+        train()
+    assert not (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
+
+
+def test_a_collapsed_scaler_stops_with_advice(train):
+    class Scaler:
+        def get_scale(self):
+            return 0.5
+
+    run = trainer.start(train.args())
+    progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1), 0)
+    progress.scaler = Scaler()
+    progress.seen, progress.norms = [(1, ("a",), torch.tensor(1.0))], [(1, torch.tensor(math.inf))]
+    with pytest.raises(trainer.TrainingError, match="scaler came down to 0.5.*bf16"):
+        progress.report()
+
+
+def test_adapters_without_gradient_are_named(capsys, train):
+    trainer.quiet("warning")
+    moving, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    watch = trainer.GradientWatch({"moving": moving, "idle": idle}, steps=3)
+    for step in range(5):
+        moving.grad = torch.full((2,), float(step))
+        watch.look()
+    assert capsys.readouterr().out == "warning: 1 of 2 adapters got no gradient, idle first: they learn nothing.\n"
+
+
+def test_every_adapter_gets_a_gradient(train, capsys):
+    train(max_train_steps=21, train_text_encoder=True)
+    assert "no gradient" not in capsys.readouterr().out
+
+
+def test_nothing_commands_the_terminal(train, capsys):
+    train(instance_prompt="a \x1b[31mred\x07 dog\nLoRA stolen", log_level="info")
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and r"\x1b[31mred\x07 dog LoRA stolen" in told
