@@ -39,7 +39,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import re
 import shlex
@@ -140,17 +139,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{where} does not know {', '.join(told)}.")
 
 
-def number(kind: type, low: float, strict: bool = False) -> Callable[[str], float]:
-    """Make an argparse type: a finite int or float that is at least (or, if strict, above) low."""
+def number(kind: type, low: float, strict: bool = False, high: float = 10**9) -> Callable[[str], float]:
+    """Make an argparse type: an int or float that is at least (or, if strict, above) low, and at most high."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < low or (strict and value == low):
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"'{text}' is not {noun} {'above' if strict else 'of at least'} {low}")
+        if not low <= value <= high or (strict and value == low):  # nan is in no order
+            noun, least = "a whole number" if kind is int else "a number", "above" if strict else "of at least"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {noun} {least} {low} and at most {high:.0f}")
         return value
 
     return parse
@@ -164,7 +163,7 @@ def blocks(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{error}, nor auto or all") from None
 
 
-COUNT, INDEX = number(int, 1), number(int, 0)
+COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -188,7 +187,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--instance_data_dir", required=True, metavar="DIR", help="folder with the pictures of your subject")
     add("--instance_prompt", required=True, help='with a rare word for the subject: "a photo of sks dog"')
     add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with its own crop and flip")
-    add("--resolution", type=COUNT, default=1024, help="side of the square that is trained on; a multiple of 8")
+    add("--resolution", type=number(int, 8, high=16384), default=1024,
+        help="side of the square that is trained on; a multiple of 8")
     add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
     add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
     add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
@@ -206,13 +206,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
 
     add = parser.add_argument_group("adapters").add_argument
-    add("--rank", type=COUNT, default=4, help="of the LoRA matrices")
+    add("--rank", type=number(int, 1, high=4096), default=4, help="of the LoRA matrices")
     add("--lora_alpha", type=POSITIVE, help="scale is lora_alpha / rank; default: the rank")
     add("--lora_dropout", type=number(float, 0), default=0.0)
     add("--train_text_encoder", action=YES_NO, default=False, help="LoRA on both text encoders too")
 
     add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=COUNT, default=4, help="pictures of the subject in a micro-batch, per process")
+    add("--train_batch_size", type=number(int, 1, high=4096), default=4,
+        help="pictures of the subject in a micro-batch, per process")
     add("--gradient_accumulation_steps", type=COUNT, default=1)
     add("--num_train_epochs", type=COUNT, default=1, help="passes over the pictures")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
@@ -231,7 +232,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4)
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3)
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm, which is logged")
-    add("--seed", type=INDEX, help="default: drawn at random, and written to " + CONFIG_FILE)
+    add("--seed", type=SEED, help="default: drawn at random, and written to " + CONFIG_FILE)
     add("--on_nan", choices=["stop", "skip"], default="stop",
         help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
     add("--max_skipped_steps", type=COUNT, default=10, help="more of them end the run")
@@ -395,7 +396,7 @@ def check_part(flag: str, folder: Path, allow_pickle: bool) -> None:
 
 
 def safetensors_size(path: Path) -> int:
-    """The bytes that a safetensors file must have by its header, which is JSON after its length; 0 without one."""
+    """The bytes that a safetensors file must have by its header, which is JSON after its length; -1 without one."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -403,12 +404,12 @@ def safetensors_size(path: Path) -> int:
         return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
                                 default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return 0
+        return -1
 
 
 def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
     """The base model's model_index.json must be that of an SDXL pipeline."""
-    kind = index.get("_class_name")
+    kind = index.get("_class_name") if isinstance(index, dict) else "file without keys"
     if not str(kind).startswith("StableDiffusionXL") or "text_encoder_2" not in index:
         raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not SDXL, which this script trains.")
 
@@ -499,8 +500,8 @@ def list_pictures(flag: str, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder.")
-    files = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
+    named = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(path for path in named if not path.name.startswith(".") and not path.is_dir())
 
 
 def load_picture(path: str | Path) -> Image.Image:
@@ -520,6 +521,8 @@ def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
     """Decode every picture once, and name all that are broken. Raises UserError."""
 
     def fault(path: Path) -> str | None:
+        if not path.is_file():  # to open a pipe would wait for ever
+            return f"{path.name!r} (a link to nowhere, or no file)"
         try:
             load_picture(path)
         except Exception as error:  # Pillow's decoders raise whatever they like
@@ -748,6 +751,8 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
                      "use_safetensors": None if source.allow_pickle else True}
     try:
         loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
+        if part in TOKENIZERS and loaded.model_max_length > 10**6:  # what is made of a folder without files
+            raise ValueError("it has no vocabulary")
     except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
         raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
                         f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
@@ -1675,9 +1680,7 @@ class TrainingState:
         }
 
     def load(self, folder: Path) -> int:
-        """Take up a checkpoint's state and return its step. Raises UserError if it does not fit, ValueError and its
-        like if it is broken.
-        """
+        """Take up a checkpoint's state; returns its step. Raises UserError if it does not fit, anything if broken."""
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)  # runs no code
         for name, now in self.settings.items():
             then = state["settings"][name]
@@ -1704,7 +1707,9 @@ def resume(name: str | None, output: Path, state: TrainingState) -> int:
     for folder in folders:
         try:
             return state.load(folder)
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a foreign file fails in any way
             logger.warning("warning: %s is no sound checkpoint (%s).", folder, first_line(error))
     if folders:
         raise UserError(f"--resume_from_checkpoint {name}: nothing sound is there to resume from; start anew in "

@@ -15,6 +15,7 @@ SHORT = {
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",
     "startup.py": "--turns 1",
+    "torture.py": "--kills 8",
     "speed.py": f"--base {TOY} --resolution 64 --turns 1 --steps 1 --flags=--gradient_checkpointing",
 }
 
@@ -35,6 +36,6 @@ def test_a_benchmark_runs(name, tmp_path):
         timeout=600,
     )
     assert told.returncode == 0, told.stderr
-    assert re.search(r"\d %|\d GB|\d s a step", told.stdout)
+    assert re.search(r"\d %|\d GB|\d s a step|no trace", told.stdout)
     if name == "launches.py":  # what the adapters add is cut by at least half
         assert int(re.search(r"\((\d+) %\)", told.stdout)[1]) <= 50

@@ -1,11 +1,13 @@
 """Pushing with the real huggingface_hub client to a local server that speaks the Hub's protocol."""
 
+import functools
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import ROOT
 from hub import Hub
@@ -99,50 +101,35 @@ print(pipeline.get_active_adapters(), pipeline.unet.peft_config["default_0"].r)
     )
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_repository_costs_seconds_not_hours(train, hub, status):
-    hub.refuse["/api/repos/create"] = status
-    told = push(train, hub, hub_token=TOKEN, hub_model_id="other/dog")
-    assert told.returncode == 2 and "--push_to_hub cannot create other/dog" in told.stderr
-    assert "Traceback" not in told.stderr
-    assert not Path(train.flags["output_dir"]).exists()
-    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
-
-
-IMPATIENT = (
-    "import sys, train_dreambooth_lora_sdxl as trainer\n"
-    "trainer.HUB_WAITS = (0, 0)\n"
-    "with trainer.one_sentence():\n    trainer.main(trainer.parse_args(sys.argv[1:]))\n"
-)
-
-
-def push_impatiently(train, hub, **flags):
-    """The same without seconds between two tries."""
-    shell = train.shell
-    env = {"HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-
-    def without_script(env=None, **flags):
-        command = [sys.executable, "-c", IMPATIENT, *train.words(**flags)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=train.folder)
-
-    train.shell = without_script
-    try:
-        return push(train, hub, env=env, hub_model_id="me/dog", **flags)
-    finally:
-        train.shell = shell
+@pytest.fixture
+def push_here(train, hub, monkeypatch):
+    """Train and push in this process, without seconds between two tries; returns the output folder."""
+    monkeypatch.setattr(trainer, "HUB_WAITS", (0, 0))
+    monkeypatch.setattr(trainer, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=hub.endpoint))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    huggingface_hub.close_session()
+    flags = {"validation_prompt": "a photo of sks dog", "num_validation_images": 1, "checkpointing_steps": 1}
+    yield functools.partial(train, **flags, push_to_hub=True, hub_token=TOKEN, hub_model_id="me/dog")
+    huggingface_hub.close_session()
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 0])
-def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub, status):
-    """A line that breaks is 0. The command that is printed pushes later."""
+def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub, push_here, capfd, status):
+    """A line that breaks is 0."""
     hub.refuse["/commit/"] = status
-    told = push_impatiently(train, hub)
-    assert told.returncode == 3 and "Traceback" not in told.stderr, told.stderr
+    with pytest.raises(trainer.HubError, match="are safe in") as failure:
+        push_here()
     output = Path(train.flags["output_dir"])
     assert (output / trainer.LORA_FILE).exists() and (output / "checkpoint-2" / "state.pt").exists()
-    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
-    hub.refuse.clear()
-    command = told.stderr.splitlines()[-1].split()
+    assert_nowhere(TOKEN, train.folder, str(failure.value), *capfd.readouterr())
+    assert failure.value.__suppress_context__  # the cause holds the token
+    tries = [path for _, path in hub.requests if "/commit/" in path]
+    assert len(tries) == (1 if status in (401, 403) else 3)
+    if status != 500:
+        return
+    hub.refuse.clear()  # the command that is printed pushes later
+    command = str(failure.value).splitlines()[-1].split()
     assert command[:3] == ["hf", "upload", "me/dog"]
     env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
     later = subprocess.run([Path(sys.executable).parent / "hf", *command[1:]], env=env, capture_output=True, text=True)
@@ -150,19 +137,27 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub, sta
     assert set(hub.files["me/dog"]) == {trainer.LORA_FILE, "README.md", "validation/step-000002/00.png"}
 
 
-def test_a_busy_hub_is_asked_again(train, hub):
+def test_a_busy_hub_is_asked_again(hub, push_here):
     hub.refuse = {"/api/repos/create": [503, 0], "/commit/": [500, 429]}
-    told = push_impatiently(train, hub)
-    assert told.returncode == 0, told.stderr
+    push_here()
     assert trainer.LORA_FILE in hub.files["me/dog"]
 
 
 @pytest.mark.parametrize("status", [500, 0])
-def test_a_hub_that_does_not_answer_is_noticed_before_training(train, hub, status):
+def test_a_hub_that_does_not_answer_is_noticed_before_training(train, hub, push_here, status):
     hub.refuse["/api/repos/create"] = status
-    told = push_impatiently(train, hub)
-    assert told.returncode == 3 and "the Hub does not answer" in told.stderr and "Traceback" not in told.stderr
+    with pytest.raises(trainer.HubError, match="the Hub does not answer"):
+        push_here()
     assert not Path(train.flags["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_repository_costs_seconds_not_hours(train, hub, push_here, capfd, status):
+    hub.refuse["/api/repos/create"] = status
+    with pytest.raises(trainer.UserError, match="--push_to_hub cannot create me/dog") as failure:
+        push_here()
+    assert not Path(train.flags["output_dir"]).exists()
+    assert_nowhere(TOKEN, train.folder, str(failure.value), *capfd.readouterr())
 
 
 def test_the_token_is_in_no_process_title_while_training(train, hub):

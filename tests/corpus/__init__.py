@@ -1,0 +1,315 @@
+"""Bad and odd inputs, each made by code, each with what must come of it: a table that test_corpus.py reads."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+FINE = ""
+"""The outcome of an input that is odd but right; any other is what the one sentence must say (a regular expression)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input. make gets an empty folder and what the corpus may copy, and returns flags."""
+
+    name: str
+    make: Callable[[Path, "Stock"], dict]
+    outcome: str
+    runs: bool = False  # whether the outcome shows only when models are loaded
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What cases are made of."""
+
+    model: Path
+    checkpoint: Path
+
+
+def picture(size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Image.Image:
+    """Red at the left, blue at the right."""
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def encoded(kind: str = "PNG", image: Image.Image | None = None, **options) -> bytes:
+    """The bytes of a picture file."""
+    buffer = io.BytesIO()
+    (image or picture()).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def one(name: str, content: bytes | None = None) -> Callable[[Path, Stock], dict]:
+    """A folder with one picture of that name."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        (folder / name).write_bytes(encoded() if content is None else content)
+        return {"instance_data_dir": folder}
+
+    return make
+
+
+def placed(act: Callable[[Path], None]) -> Callable[[Path, Stock], dict]:
+    """A folder with a good picture and whatever act does to it."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        (folder / "good.png").write_bytes(encoded())
+        act(folder)
+        return {"instance_data_dir": folder}
+
+    return make
+
+
+def bomb() -> bytes:
+    """A PNG of 20,000 x 20,000 black pixels in 50 kB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    side = 20_000
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def turned(orientation: int) -> bytes:
+    """A JPEG with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded("JPEG", exif=exif)
+
+
+def palette() -> bytes:
+    """A palette picture whose first colour is transparent."""
+    image = picture(mode="P")
+    return encoded("PNG", image, transparency=0)
+
+
+def sixteen_bits() -> bytes:
+    """A 16-bit greyscale PNG."""
+    return encoded("PNG", Image.fromarray(np.linspace(0, 65535, 480, dtype=np.uint16).reshape(20, 24)))
+
+
+CANNOT = r"--instance_data_dir: 1 of \d pictures cannot be read.*"
+PICTURES = [
+    Case("truncated PNG", one("a.png", encoded()[:60]), CANNOT + r"a\.png"),
+    Case("truncated JPEG", one("a.jpg", encoded("JPEG", picture((300, 300)))[:2000]), CANNOT + r"a\.jpg"),
+    Case("zero bytes", one("a.png", b""), CANNOT + r"a\.png"),
+    Case("text named a picture", one("a.png", b"hello"), CANNOT + r"a\.png"),
+    Case("wrong extension", one("a.jpg", encoded("PNG")), FINE),
+    Case("capitals in the extension", one("A.JPG", encoded("JPEG")), FINE),
+    Case("WebP", one("a.webp", encoded("WEBP")), FINE),
+    Case("TIFF", one("a.tiff", encoded("TIFF")), FINE),
+    Case("BMP", one("a.bmp", encoded("BMP")), FINE),
+    Case("1 x 1", one("a.png", encoded(image=picture((1, 1)))), FINE),
+    Case("30,000 x 10", one("a.png", encoded(image=picture((30_000, 10)))), FINE),
+    Case("decompression bomb", one("a.png", bomb()), CANNOT + r"decompression bomb"),
+    Case("CMYK", one("a.jpg", encoded("JPEG", picture(mode="CMYK"))), FINE),
+    Case("greyscale", one("a.png", encoded(image=picture(mode="L"))), FINE),
+    Case("16 bits", one("a.png", sixteen_bits()), FINE),
+    Case("1 bit", one("a.png", encoded(image=picture(mode="1"))), FINE),
+    Case("palette with transparency", one("a.png", palette()), FINE),
+    Case("alpha", one("a.png", encoded(image=picture(mode="RGBA"))), FINE),
+    Case("grey with alpha", one("a.png", encoded(image=picture(mode="LA"))), FINE),
+    Case(
+        "animated GIF",
+        one("a.gif", encoded("GIF", save_all=True, append_images=[picture((24, 20)).rotate(180)])),
+        FINE,
+    ),
+    *(Case(f"EXIF orientation {i}", one("a.jpg", turned(i)), FINE) for i in range(1, 9)),
+    Case("EXIF orientation 9, which is none", one("a.jpg", turned(9)), FINE),
+    Case("corrupt ICC profile", one("a.png", encoded(icc_profile=b"no profile at all")), FINE),
+    Case("unreadable", placed(lambda folder: (folder / "a.png").symlink_to("/proc/self/mem")), CANNOT + r"a\.png"),
+    Case("a folder named a.png", placed(lambda folder: (folder / "a.png").mkdir()), FINE),
+    Case("a dangling link", placed(lambda folder: (folder / "a.png").symlink_to("nowhere")), CANNOT + "link to nowhere"),
+    Case("a link in a circle", placed(lambda folder: (folder / "a.png").symlink_to("a.png")), CANNOT + r"a\.png"),
+    Case("a FIFO", placed(lambda folder: os.mkfifo(folder / "a.png")), CANNOT + r"a\.png"),
+    Case(
+        "what systems leave behind",
+        placed(lambda folder: [(folder / name).write_bytes(b"x") for name in (".DS_Store", "Thumbs.db", "._a.png")]),
+        FINE,
+    ),
+    Case("a notebook's folder", placed(lambda folder: (folder / ".ipynb_checkpoints").mkdir()), FINE),
+    Case("no picture", lambda folder, stock: {"instance_data_dir": folder}, "holds no picture"),
+    Case("no folder", lambda folder, stock: {"instance_data_dir": folder / "x"}, "--instance_data_dir .* no such folder"),
+    Case("a file as the folder", lambda folder, stock: {"instance_data_dir": __file__}, "no such folder"),
+]
+
+NAMES = [
+    Case(f"a name with {what}", one(name), FINE)
+    for what, name in {
+        "letters of other scripts": "собака 犬 كلب.png",
+        "emoji": "🐶👍🏽.png",
+        "spaces": "  my  dog .png",
+        "a newline": "my\ndog.png",
+        "an escape sequence": "\x1b[31mdog.png",
+        "255 bytes": "d" * 251 + ".png",
+        "a leading dash": "--rank.png",
+        "quotes and shell signs": "a'b\"c$(d);e.png",
+        "a glob": "[a-z]*.png",
+        "bytes that are no UTF-8": os.fsdecode(b"dog\xff.png"),
+    }.items()
+]
+
+
+def base(change: Callable[[Path], None]) -> Callable[[Path, Stock], dict]:
+    """A copy of the model, changed."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        shutil.copytree(stock.model, folder / "model")
+        change(folder / "model")
+        return {"pretrained_model_name_or_path": folder / "model"}
+
+    return make
+
+
+def weights(part: str) -> str:
+    """The file name of a part's weights."""
+    return f"{part}/{'model' if part.startswith('text') else 'diffusion_pytorch_model'}.safetensors"
+
+
+def cut(path: Path) -> None:
+    """Cut a file in half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickled(model: Path) -> None:
+    """Only pickles for the UNet."""
+    (model / weights("unet")).unlink()
+    torch.save({}, model / "unet" / "diffusion_pytorch_model.bin")
+
+
+def set_json(path: Path, **changes: object) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def other_model(folder: Path, stock: Stock) -> dict:
+    """Stable Diffusion 1.5's index."""
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return {"pretrained_model_name_or_path": folder}
+
+
+BASE = "--pretrained_model_name_or_path"
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+BASES = [
+    *(Case(f"without {part}", base(lambda m, p=part: shutil.rmtree(m / p)), f"{BASE}: .*{part}") for part in PARTS),
+    *(Case(f"{p} cut off", base(lambda m, p=p: cut(m / weights(p))), f"{BASE}: .*{p}.* cut off") for p in PARTS),
+    Case("weights of zero bytes", base(lambda m: (m / weights("unet")).write_bytes(b"")), "cut off"),
+    Case("weights that are a web page", base(lambda m: (m / weights("vae")).write_text("<html>" * 9)), "cut off"),
+    Case("weights that are a list", base(lambda m: (m / weights("vae")).write_bytes(bytes([2] + [0] * 7) + b"[]")), "cut"),
+    Case("pickles alone", base(pickled), "--allow_pickle"),
+    Case("another width", base(lambda m: set_json(m / "unet" / "config.json", block_out_channels=[32, 64])), "unet of", True),
+    Case("no tokenizer", base(lambda m: shutil.rmtree(m / "tokenizer")), "tokenizer of", True),
+    Case("no scheduler", base(lambda m: shutil.rmtree(m / "scheduler")), f"{BASE} .* cannot be loaded", True),
+    Case("a broken index", base(lambda m: (m / "model_index.json").write_text("{")), "no readable model_index.json"),
+    Case("an index that is a list", base(lambda m: (m / "model_index.json").write_text("[]")), "file without keys"),
+    Case("no index", base(lambda m: (m / "model_index.json").unlink()), "no readable model_index.json"),
+    Case("Stable Diffusion 1.5", other_model, "StableDiffusionPipeline, not SDXL"),
+    Case("a name that is no id", lambda folder, stock: {"pretrained_model_name_or_path": "sdxl"}, "no Hub id"),
+    Case("another prediction", base(lambda m: set_json(m / "scheduler" / "scheduler_config.json", prediction_type="sample")),
+         "predicts 'sample'", True),
+]
+
+
+def state(change: Callable[[Path], None]) -> Callable[[Path, Stock], dict]:
+    """A copy of a checkpoint, changed."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        shutil.copytree(stock.checkpoint, folder / "checkpoint-1")
+        change(folder / "checkpoint-1" / "state.pt")
+        return {"resume_from_checkpoint": folder / "checkpoint-1", "max_train_steps": 3}
+
+    return make
+
+
+SOUND = "--resume_from_checkpoint .*nothing sound"
+CHECKPOINTS = [
+    Case("a checkpoint as it is", state(lambda path: None), FINE, True),
+    Case("a state cut off", state(cut), SOUND, True),
+    Case("a state of zero bytes", state(lambda path: path.write_bytes(b"")), SOUND, True),
+    Case("a state that is text", state(lambda path: path.write_text("step: 1")), SOUND, True),
+    Case("a foreign state", state(lambda path: torch.save({"model": torch.ones(3)}, path)), SOUND, True),
+    Case("a state that is a tensor", state(lambda path: torch.save(torch.ones(3), path)), SOUND, True),
+    Case("no state", state(lambda path: path.unlink()), "names no checkpoint"),
+    Case("no checkpoint", lambda folder, stock: {"resume_from_checkpoint": "checkpoint-7"}, "names no checkpoint"),
+    Case("another rank", lambda f, s: {"resume_from_checkpoint": s.checkpoint, "rank": 8}, "--rank was 4 and is now 8", True),
+]
+
+
+def config(content: str | bytes) -> Callable[[Path, Stock], dict]:
+    """A configuration file."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        (folder / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return {"config": folder / "run.yaml"}
+
+    return make
+
+
+CONFIGS = [
+    Case("settings", config("rank: 2\nrandom_flip: true\nseed:\n"), FINE),
+    Case("an empty file", config(""), FINE),
+    Case("a byte order mark", config(b"\xef\xbb\xbfrank: 2\n"), FINE),
+    Case("an unknown key", config("ranks: 2\n"), r"--config .*--ranks \(did you mean --rank\?\)"),
+    Case("two unknown keys", config("ranks: 2\nx: 1\n"), "--ranks .*--x"),
+    Case("a number's key with a word", config("rank: many\n"), "--rank: 'many' is not a whole number"),
+    Case("a switch with a word", config("random_flip: sometimes\n"), "random_flip takes true or false"),
+    Case("a value with a switch", config("rank: true\n"), "rank takes one value"),
+    Case("a list", config("rank: [1, 2]\n"), "rank takes one value"),
+    Case("a mapping", config("rank: {a: 1}\n"), "rank takes one value"),
+    Case("lines of no mapping", config("- rank\n"), "must hold lines of 'flag: value'"),
+    Case("a key that is a number", config("1: 2\n"), "--config .*--1"),
+    Case("broken YAML", config("rank: [\n"), "cannot be read as YAML"),
+    Case("another encoding", config("instance_prompt: café\n".encode("cp1252")), "cannot be read as YAML"),
+    Case("bytes", config(bytes(range(256))), "cannot be read as YAML"),
+    Case("YAML that would run code", config("rank: !!python/object/apply:os.getpid []\n"), "cannot be read as YAML"),
+    Case("no file", lambda folder, stock: {"config": folder / "x.yaml"}, "cannot be read as YAML"),
+    Case("a folder", lambda folder, stock: {"config": folder}, "cannot be read as YAML"),
+]
+
+
+def flags(**given: object) -> Callable[[Path, Stock], dict]:
+    """Nothing but flags."""
+    return lambda folder, stock: given
+
+
+FLAGS = [
+    Case("a resolution between eights", flags(resolution=20), "--resolution 20 is not a multiple of 8; 24 is"),
+    Case("prior preservation without a prompt", flags(with_prior_preservation=True, class_data_dir="x"), "--class_prompt"),
+    Case("prior preservation without a folder", flags(with_prior_preservation=True, class_prompt="x"), "--class_data_dir"),
+    Case("a dropout of one", flags(lora_dropout=1), "must be below 1"),
+    Case("a schedule of nobody", flags(lr_scheduler="fast"), "--lr_scheduler: invalid choice: 'fast'"),
+    Case("a precision of nobody", flags(mixed_precision="fp8"), "--mixed_precision: invalid choice: 'fp8'"),
+    Case("an output folder below a file", flags(output_dir=Path(__file__) / "out"), "--output_dir .* cannot be written"),
+    Case("an output folder in /proc", flags(output_dir="/proc/out"), "--output_dir /proc/out cannot be written"),
+    Case("a cache folder below a file", flags(cache_latents_dir=Path(__file__) / "c"), "--cache_latents_dir .* cannot"),
+    Case("an empty prompt", flags(instance_prompt=""), FINE),
+    Case("a prompt of a thousand words", flags(instance_prompt="dog " * 1000), FINE, True),
+    Case("a prompt of signs", flags(instance_prompt="\x00\x1b]0;x\x07 <script> --- `{}`"), FINE, True),
+    Case("a budget of nothing", flags(vram_budget=0.000001), "--vram_budget 1e-06 is too small", True),
+]
+
+CASES = {
+    f"{group}: {case.name}": case
+    for group, cases in {
+        "picture": PICTURES,
+        "name": NAMES,
+        "base": BASES,
+        "checkpoint": CHECKPOINTS,
+        "config": CONFIGS,
+        "flag": FLAGS,
+    }.items()
+    for case in cases
+}
