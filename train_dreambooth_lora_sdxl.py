@@ -54,6 +54,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -98,12 +99,12 @@ class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to stop
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn what ends a run into one sentence on stderr, from the first rank only, and its exit code."""
+    """Turn what ends a run into one sentence on stderr and its exit code."""
     try:
         yield
     except (UserError, TrainingError, HubError, Stopped) as ending:
         codes = {UserError: 2, TrainingError: 1, HubError: 3}
-        if IS_FIRST_RANK:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print("" if isinstance(ending, Stopped) else "error: ", printable(str(ending)), sep="", file=sys.stderr)
         sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
 
@@ -251,6 +252,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
+    add("--ddp_timeout", type=POSITIVE, default=600, metavar="SECONDS", help="a process waits for another so long")
     add("--local_rank", type=int, default=-1, help="set by old launchers; accelerate knows the rank without it")
 
     add = parser.add_argument_group("looking at it").add_argument
@@ -654,7 +656,7 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import BasicTransformerBlock
@@ -2508,16 +2510,22 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to, project_config=project)
+            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))])
     except ValueError as error:
-        raise UserError(f"--mixed_precision {args.mixed_precision} does not work here ({first_line(error)}); use bf16 "
-                        "or no.") from error
+        cure = "; use --mixed_precision bf16 or no" if "precision" in str(error) else ""
+        raise UserError(f"accelerate cannot start here ({first_line(error)}){cure}.") from error
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees one: is "
+                        "there a GPU for each? Without any, set ACCELERATE_USE_CPU=true.")
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UserError(f"accelerate is configured for {kind}, but shards of a few megabytes of adapters "
                         "help nobody: choose plain multi-GPU in `accelerate config`.")
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
+    if args.base_precision == "fp8":
+        check_fp8(accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     stop = stop or StopSignals(None, None)
@@ -2528,6 +2536,15 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     other = args.pretrained_vae_model_name_or_path  # the base model's revision and variant do not apply to it
     vae = Source(other, None, None, args.cache_dir, False, args.allow_pickle) if other else base
     return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae))
+
+
+def check_fp8(device: torch.device) -> None:
+    """Store a number in float8 and take it back. Raises UserError on a device that cannot."""
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).to(torch.float16)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--base_precision fp8: {device} has no float8 ({first_line(error)}); int8 needs as "
+                        "little.") from error
 
 
 def check_xformers(device: torch.device) -> None:
@@ -2594,8 +2611,22 @@ def main(args: argparse.Namespace) -> None:
             return
         objective = make_objective(run.scheduler, args.snr_gamma, run.device)
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
-        with alone_in(run.output):
+        with alone_in(run.output), together(run):
             teach(run, objective, repo, started)
+
+
+@contextmanager
+def together(run: Run) -> Iterator[None]:
+    """Tell in one sentence that another process was lost. Raises TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises nothing more special
+        lost = isinstance(error, torch.distributed.DistError) or re.search("gloo|peer|timed out", str(error), re.I)
+        if run.accelerator.num_processes == 1 or not lost:
+            raise
+        rank = run.accelerator.process_index
+        raise TrainingError(f"process {rank} lost another one ({first_line(error)}). The last checkpoint is "
+                            "whole: start all with --resume_from_checkpoint latest.") from error
 
 
 def teach(run: Run, objective: Objective, repo: str, started: float) -> None:

@@ -1,6 +1,10 @@
 """`accelerate launch` in the ways in which people use it: quiet, with a configuration file, on two processes."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ from safetensors.torch import load_file
 import train_dreambooth_lora_sdxl as trainer
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+TWO = (*LAUNCH, "--quiet", "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no")  # on CPUs, with what follows
+ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
 ALONE = (*LAUNCH, "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 
@@ -105,3 +111,126 @@ def test_gradients_are_shared_in_one_flat_tensor_of_four_bytes_a_parameter(train
     trainer.share_gradients(TwoRanks(), adapters)
     assert sent == [4 * sum(adapter.numel() for adapter in adapters)]
     assert all((adapter.grad == number / 2).all() for number, adapter in enumerate(adapters))
+
+
+def worst_difference(first: Path, second: Path) -> float:
+    ours, theirs = (load_file(folder / trainer.LORA_FILE) for folder in (first, second))
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that a launcher started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(path: Path, process: subprocess.Popen | None = None) -> None:
+    deadline = time.time() + 120
+    while not path.exists() and time.time() < deadline and (process is None or process.poll() is None):
+        time.sleep(0.1)
+    assert path.exists()
+
+
+LONG = {
+    "max_train_steps": 60,
+    "checkpointing_steps": 10,
+    "learning_rate": 1e-3,
+    "resume_from_checkpoint": "latest",
+    "log_level": "info",
+}
+
+
+def test_a_killed_worker_comes_back_and_another_number_of_ranks_goes_on(train, tmp_path, free_port):
+    """`accelerate launch --max_restarts`; then one process takes the checkpoint of two."""
+    alone = train(**LONG, output_dir=tmp_path / "alone", gradient_accumulation_steps=2)
+    output = tmp_path / "two"
+    launcher = (*TWO, "--num_processes=2", "--num_machines=1", "--max_restarts=3", f"--main_process_port={free_port}")
+    process = subprocess.Popen(
+        [*launcher, str(trainer.__file__), *train.words(**LONG, output_dir=output)],
+        env={**os.environ, **ON_CPUS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(output / "checkpoint-10" / "state.pt", process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    told = process.communicate(timeout=120)
+    assert process.returncode == 0, told[1]
+    assert told[0].count("Done") == 1 and told[0].count("Subject") == 2  # it was started twice
+    assert worst_difference(alone, output) < 1e-6
+    reset = {**LONG, "output_dir": tmp_path / "handed over", "gradient_accumulation_steps": 2}
+    one = train(**{**reset, "resume_from_checkpoint": output / "checkpoint-10"})
+    assert worst_difference(alone, one) < 1e-6
+
+
+def test_a_launcher_that_accelerate_does_not_follow_is_noticed(train, free_port):
+    told = train.shell(*TWO, "--num_processes=2", "--num_machines=1", f"--main_process_port={free_port}")
+    assert told.returncode == 1 and "error: the launcher started 2 processes" in told.stderr  # 1 is the launcher's own
+
+
+HOSTS = """
+set -e
+mount -t tmpfs tmpfs /run
+for host in 1 2; do
+    ip netns add h$host
+    ip -n h$host link set lo up
+done
+ip link add v1 netns h1 type veth peer name v2 netns h2
+for host in 1 2; do
+    ip -n h$host addr add 10.77.0.$host/24 dev v$host
+    ip -n h$host link set v$host up
+done
+for host in 1 2; do
+    GLOO_SOCKET_IFNAME=v$host ip netns exec h$host "$@" >$OUT/told$host 2>&1 &
+    eval "host$host=$!"
+    export MACHINE_RANK=1
+done
+CUT
+wait $host1 || echo $? >$OUT/code1
+wait $host2 || echo $? >$OUT/code2
+"""
+ON_HOST = """
+import os, sys
+words = ["launch", "--quiet", "--multi_gpu", "--num_machines=2", "--num_processes=2", "--mixed_precision=no",
+         "--dynamo_backend=no", "--main_process_ip=10.77.0.1", "--main_process_port=29577",
+         "--machine_rank=" + os.environ.get("MACHINE_RANK", "0"), *sys.argv[1:]]
+os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *words[1:]])
+"""
+
+
+def on_two_hosts(train, folder: Path, cut: str = "", **flags) -> dict[str, str]:
+    """Train on two hosts: network namespaces with a cable between them; returns what each host told."""
+    folder.mkdir()
+    script = HOSTS.replace("CUT", cut)
+    command = [sys.executable, "-c", ON_HOST, str(trainer.__file__), *train.words(**flags)]
+    environment = {**os.environ, **ON_CPUS, "OUT": str(folder)}
+    told = subprocess.run(
+        ["unshare", "-rmn", "bash", "-c", script, "bash", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_two_hosts_equal_one_process(train, tmp_path):
+    flags = {**LONG, "max_train_steps": 12}
+    alone = train(**flags, output_dir=tmp_path / "alone", gradient_accumulation_steps=2)
+    told = on_two_hosts(train, tmp_path / "told", output_dir=tmp_path / "two", **flags)
+    assert set(told) == {"told1", "told2"}, told
+    assert worst_difference(alone, tmp_path / "two") < 1e-6
+
+
+def test_a_host_that_is_cut_off_ends_the_other_in_time_and_the_run_goes_on(train, tmp_path):
+    output = tmp_path / "two"
+    cut = f"while [ ! -e {output}/checkpoint-10/state.pt ]; do sleep 0.1; done; ip -n h2 link set v2 down"
+    flags = {**LONG, "max_train_steps": 100_000, "ddp_timeout": 5}
+    told = on_two_hosts(train, tmp_path / "told", cut, output_dir=output, **flags)
+    assert {"code1", "code2"} <= set(told), told
+    for host in ("told1", "told2"):  # what follows the sentence is the launcher's
+        told_first, sentence = told[host].split("error: ", 1)
+        assert "Traceback" not in told_first
+        assert "lost another one" in sentence and "--resume_from_checkpoint latest" in sentence.splitlines()[0]
+    last = trainer.list_checkpoints(output)[-1]
+    assert torch.load(last / "state.pt")["step"] >= 10
