@@ -29,12 +29,15 @@ card, and the pictures that it drew on its way.
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
+import csv
 import difflib
 import errno
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -54,7 +57,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -62,6 +65,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 CONFIG_FILE = "training_config.yaml"
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -70,7 +74,7 @@ LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits
 GB = 1e9
 TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
-INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of every picture that is drawn here
+INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
 
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one that talks, known before torch is
 
@@ -164,6 +168,15 @@ def blocks(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{error}, nor auto or all") from None
 
 
+def bucket_list(text: str) -> str:
+    """An argparse type: auto, or sizes in pixels, multiples of 8."""
+    sizes = [] if text == "auto" else [re.fullmatch(r"(\d{2,5})x(\d{2,5})", size.strip()) for size in text.split(",")]
+    if not all(found and int(found[1]) % 8 == int(found[2]) % 8 == 0 for found in sizes):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither auto nor sizes such as 1024x1024,832x1216, each side a "
+                                         "multiple of 8")
+    return text
+
+
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
@@ -186,10 +199,15 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
 
     add = parser.add_argument_group("pictures").add_argument
     add("--instance_data_dir", required=True, metavar="DIR", help="folder with the pictures of your subject")
-    add("--instance_prompt", required=True, help='with a rare word for the subject: "a photo of sks dog"')
+    add("--instance_prompt", help='with a rare word: "a photo of sks dog"; not needed where all have captions')
+    add("--recursive", action=YES_NO, default=False, help="look into sub-folders, too")
+    add("--caption_dropout", type=number(float, 0, high=1), default=0.0, help="share of rows that see an empty prompt")
     add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with its own crop and flip")
     add("--resolution", type=number(int, 8, high=16384), default=1024,
         help="side of the square that is trained on; a multiple of 8")
+    add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
+        help="keep the pictures' shapes: SDXL's own for the resolution, or 1024x1024,832x1216 (width x height)")
+    add("--max_upscale", type=POSITIVE, default=2.0, help="with buckets: a smaller picture gets a smaller bucket")
     add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
     add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
     add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
@@ -256,8 +274,13 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--local_rank", type=int, default=-1, help="set by old launchers; accelerate knows the rank without it")
 
     add = parser.add_argument_group("looking at it").add_argument
-    add("--validation_prompt", help="drawn before, during and after training")
-    add("--num_validation_images", type=COUNT, default=4)
+    add("--validation_prompt", action="append", help="drawn before, during and after training; may be given again")
+    add("--validation_prompts", metavar="FILE", help="more of them, one a line")
+    add("--validation_negative_prompt", help="default: none")
+    add("--num_validation_images", type=COUNT, default=4, help="of each prompt, with the same seeds every time")
+    add("--validation_num_inference_steps", type=number(int, 1, high=1000), default=25)
+    add("--validation_guidance_scale", type=NOT_NEGATIVE, default=5.0)
+    add("--validation_resolution", type=number(int, 8, high=16384), help="default: --resolution")
     add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
     add("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
@@ -266,6 +289,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
 
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", default="lora-dreambooth-model", metavar="DIR")
+    add("--output_kohya_format", action=YES_NO, default=False, help=f"also {KOHYA_FILE}, for ComfyUI, A1111, Forge")
+    add("--lora_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the LoRA files; trained in fp32")
     add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between two checkpoints")
     add("--checkpointing_minutes", type=POSITIVE, help="beside the steps, whichever comes first")
     add("--checkpoints_total_limit", type=COUNT, help="older ones are removed once the new one is safe")
@@ -292,6 +317,9 @@ def config_as_words(parser: Parser, path: str) -> list[str]:
     words = []
     for key, value in values.items():
         is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
+        if isinstance(known[key], argparse._AppendAction) and isinstance(value, list):
+            words += [f"--{key}={entry}" for entry in value]
+            continue
         if isinstance(value, (dict, list)) or (is_switch != isinstance(value, bool) and value is not None):
             wanted = "true or false" if is_switch else "one value"
             raise UserError(f"--config {path}: {key} takes {wanted}, not {value!r}.")
@@ -307,7 +335,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     early.add_argument("--config")
     parser = make_parser()
     config = early.parse_known_args(argv)[0].config
-    args, strangers = parser.parse_known_args((config_as_words(parser, config) if config else []) + argv)
+    words = config_as_words(parser, config) if config else []
+    if any(word.split("=")[0] == "--validation_prompt" for word in argv):  # it replaces the file's, adding nothing
+        words = [word for word in words if not word.startswith("--validation_prompt=")]
+    args, strangers = parser.parse_known_args(words + argv)
     if strangers:
         parser.unknown(strangers, "the command line")
     quiet(args.log_level)
@@ -319,20 +350,23 @@ def check_args(args: argparse.Namespace) -> None:
     """Fail at the door: conflicts of flags, missing packages, folders, pictures. Raises UserError."""
     if args.resolution % 8:
         raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8 + 8} is.")
+    if (args.validation_resolution or 8) % 8:
+        raise UserError(f"--validation_resolution {args.validation_resolution} is not a multiple of 8.")
+    prompts_to_draw(args)
     if args.lora_dropout >= 1 or max(args.adam_beta1, args.adam_beta2) >= 1:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle)
     check_output(args)
-    folders = [("--instance_data_dir", args.instance_data_dir)]
+    pictures = list_pictures("--instance_data_dir", args.instance_data_dir, args.recursive)
+    if not pictures:
+        raise UserError(f"--instance_data_dir {args.instance_data_dir} holds no picture "
+                        f"({', '.join(sorted(PICTURE_SUFFIXES))}).")
+    check_pictures("--instance_data_dir", pictures)
+    instance_samples(args)
     if args.with_prior_preservation and Path(args.class_data_dir).exists():
-        folders.append(("--class_data_dir", args.class_data_dir))
-    for flag, folder in folders:
-        pictures = list_pictures(flag, folder)
-        if not pictures and flag == "--instance_data_dir":
-            raise UserError(f"{flag} {folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
-        check_pictures(flag, pictures)
+        check_pictures("--class_data_dir", list_pictures("--class_data_dir", args.class_data_dir))
 
 
 def check_prior_flags(args: argparse.Namespace) -> None:
@@ -497,13 +531,14 @@ class View(NamedTuple):
     flip: bool
 
 
-def list_pictures(flag: str, folder: str | Path) -> list[Path]:
+def list_pictures(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
     """The pictures of a folder by name; hidden files, folders and other files are passed over. Raises UserError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder.")
-    named = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    return sorted(path for path in named if not path.name.startswith(".") and not path.is_dir())
+    named = (path for path in folder.glob("**/*" if recursive else "*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(path for path in named if not path.is_dir()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def load_picture(path: str | Path) -> Image.Image:
@@ -539,10 +574,74 @@ def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
                         f"{', '.join(broken)}.")
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises UserError naming the encoding and the cure."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"
+        raise UserError(f"{path} is not in UTF-8 but looks like {encoding}: iconv -f {encoding} -t UTF-8 converts "
+                        "it.") from None
+
+
+def read_metadata(path: Path) -> dict[Path, str]:
+    """The captions of metadata.jsonl or metadata.csv (file_name, text). Raises UserError with all its faults."""
+    captions, faults, lines = {}, [], read_text(path).splitlines()
+    rows = enumerate(csv.DictReader(lines) if path.suffix == ".csv" else lines, 2 if path.suffix == ".csv" else 1)
+    for number_, row in rows:
+        try:
+            entry = row if isinstance(row, dict) else json.loads(row or "null")
+            if entry is None:  # an empty line
+                continue
+            picture, text = path.parent / entry["file_name"], entry["text"]
+            faulty = {
+                "has no text": not isinstance(text, str),
+                "is outside of the folder": not picture.resolve().is_relative_to(path.parent.resolve()),
+                "is not there": not picture.is_file(),
+                "is named twice": picture in captions,
+            }
+            faults += [f"line {number_}: {picture.name} {fault}" for fault, is_so in faulty.items() if is_so][:1]
+            captions[picture] = text
+        except (ValueError, TypeError, KeyError) as error:
+            faults.append(f"line {number_}: no file_name and text ({type(error).__name__})")
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults[:9])}{' and more' if len(faults) > 9 else ''}.")
+    return captions
+
+
+def read_captions(folder: Path, pictures: Sequence[Path]) -> dict[Path, str]:
+    """The captions of a folder's pictures: of a metadata file, else of NAME.txt beside NAME.jpg. Raises UserError."""
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return read_metadata(folder / name)
+    beside = {path: path.with_suffix(".txt") for path in pictures}
+    return {path: read_text(text).strip() for path, text in beside.items() if text.is_file()}
+
+
 def instance_samples(args: argparse.Namespace) -> list[Sample]:
-    """The subject's pictures, each as often as it repeats."""
-    pictures = list_pictures("--instance_data_dir", args.instance_data_dir)
-    return [Sample(path, args.instance_prompt, is_class=False) for path in pictures] * args.repeats
+    """The subject's pictures with their prompts, each as often as it repeats. Raises UserError."""
+    folder = Path(args.instance_data_dir)
+    pictures = list_pictures("--instance_data_dir", folder, args.recursive)
+    captions = read_captions(folder, pictures)
+    prompt = args.instance_prompt
+    bare = [path.name for path in pictures if not captions.get(path)] if prompt is None else []
+    if bare:
+        raise UserError(f"--instance_prompt is needed, as {len(bare)} of {len(pictures)} pictures have no caption: "
+                        f"{', '.join(bare[:5])}.")
+    prompts = [(captions.get(path) or prompt).replace("{instance_prompt}", prompt or "") for path in pictures]
+    return [Sample(path, text, is_class=False) for path, text in zip(pictures, prompts, strict=True)] * args.repeats
+
+
+def prompts_to_draw(args: argparse.Namespace) -> list[str]:
+    """The validation prompts, of the command line and the file. Raises UserError."""
+    prompts = list(args.validation_prompt or ())
+    if args.validation_prompts:
+        path = Path(args.validation_prompts)
+        if not path.is_file():
+            raise UserError(f"--validation_prompts {path}: no such file.")
+        prompts += [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return list(dict.fromkeys(prompts))
 
 
 def class_samples(args: argparse.Namespace) -> list[Sample]:
@@ -551,16 +650,51 @@ def class_samples(args: argparse.Namespace) -> list[Sample]:
     return [Sample(path, args.class_prompt, is_class=True) for path in pictures]
 
 
-def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """Width and height with the shorter side at resolution."""
-    scale = resolution / min(size)
-    return max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
+Bucket = tuple[int, int]
+"""Width and height in pixels that rows of one batch share."""
 
 
-def choose_view(size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool,
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height as they are seen, from the file's header alone."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
+def make_buckets(spec: str | None, resolution: int) -> list[Bucket]:
+    """The buckets of a run; auto are SDXL's (appendix I of its paper) at 1024 px, scaled for other resolutions.
+
+    Sides in steps of a sixteenth of the resolution from half of it to twice it, area over 0.9 of its square.
+    """
+    if spec is None:
+        return [(resolution, resolution)]
+    if spec != "auto":
+        return [tuple(map(int, size.strip().split("x"))) for size in spec.split(",")]
+    step = max(8, resolution // 128 * 8)
+    sides = range(resolution // 2 // step * step, 2 * resolution + 1, step)
+    return [(width, height) for width in sides for height in sides if 0.9 < width * height / resolution**2 <= 1]
+
+
+def choose_bucket(size: tuple[int, int], buckets: Sequence[Bucket], max_upscale: float) -> Bucket:
+    """The bucket of nearest shape (and then largest area), smaller where the picture would grow by more."""
+    shape = math.log(size[0] / size[1])
+    width, height = min(buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - shape), -b[0] * b[1]))
+    excess = max(width / size[0], height / size[1]) / max_upscale
+    if len(buckets) == 1 or excess <= 1:
+        return width, height
+    return max(64, int(width / excess) // 64 * 64), max(64, int(height / excess) // 64 * 64)
+
+
+def resized(size: tuple[int, int], bucket: Bucket) -> tuple[int, int]:
+    """Width and height of a picture that just covers a bucket."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
+
+
+def choose_view(size: tuple[int, int], bucket: Bucket, center_crop: bool, random_flip: bool,
                 rng: random.Random) -> View:
     """Choose where to cut a resized picture of that size (width, height), and whether to mirror it first."""
-    spare_x, spare_y = size[0] - resolution, size[1] - resolution
+    spare_x, spare_y = size[0] - bucket[0], size[1] - bucket[1]
     flip = random_flip and rng.random() < 0.5
     if center_crop:
         return View(spare_y // 2, spare_x // 2, flip)
@@ -604,8 +738,9 @@ def plan_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epo
 class Order:
     """Names the rows of micro-batch n: batch_size rows of the subject and, beside them, as many of its class."""
 
-    def __init__(self, instance_rows: Sequence[int], class_rows: Sequence[int], batch_size: int, seed: int) -> None:
-        self.buckets, self.class_rows = [instance_rows], class_rows
+    def __init__(self, buckets: Sequence[Sequence[int]], class_rows: Sequence[int], batch_size: int,
+                 seed: int) -> None:
+        self.buckets, self.class_rows = buckets, class_rows
         self.batch_size, self.seed = batch_size, seed
         self.plan = functools.lru_cache(maxsize=2)(functools.partial(plan_epoch, self.buckets, batch_size, seed))
 
@@ -1302,6 +1437,8 @@ class Studio:
     negative: Text
     resolution: int
     factor: int  # pixels to a latent
+    steps: int = INFERENCE_STEPS
+    guidance: float = GUIDANCE_SCALE
 
     @torch.no_grad()
     def draw(self, seeds: Sequence[int]) -> Tensor:
@@ -1317,14 +1454,15 @@ class Studio:
             prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative_embeds,
             negative_pooled_prompt_embeds=negative_pooled, height=self.resolution, width=self.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent",
-            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE).images
+            num_inference_steps=self.steps, guidance_scale=self.guidance).images
 
 
-def open_studio(run: Run, model: TrainableSDXL, table: TextTable, prompt: str) -> Studio:
-    """A studio for a prompt with no negative prompt."""
+def open_studio(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, negative_prompt: str = "") -> Studio:
+    """A studio for a prompt, with what the base model takes for no negative prompt unless there is one."""
     embeds = model.embed(table.of(prompt))
     zeros = torch.zeros_like(embeds[0]), torch.zeros_like(embeds[1])
-    negative = zeros if run.zeros_for_empty_prompt else model.embed(table.of(""))
+    is_zero = run.zeros_for_empty_prompt and not negative_prompt
+    negative = zeros if is_zero else model.embed(table.of(negative_prompt))
     return Studio(model.unet, run.scheduler, embeds, negative, run.args.resolution, run.vae_factor)
 
 
@@ -1416,31 +1554,47 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cache:
-    """The moments of all views, and which views, prompt and weight belong to which sample."""
+class Shelf:
+    """What is cached of one bucket."""
 
     moments: Callable[[list[int]], tuple[Tensor, Tensor]]  # of views by number: mean and std, each (B, 4, h, w)
     add_time_ids: Tensor  # (V, 6)
+    views: dict[int, list[int]]  # of each sample that is seen in this bucket
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The moments of all views, and which bucket, prompt and weight belong to which sample."""
+
+    shelves: list[Shelf]
+    buckets: list[int]  # of each sample of the subject: its shelf
     weight: Tensor  # (samples,)
-    views: list[list[int]]  # of each sample
     prompts: list[int]  # of each sample: its row in the text table
     names: list[str]  # of each sample
     digest: str  # of all that is trained on: pixels, prompts, weights
+    caption_dropout: float
 
     def batch(self, table: TextTable, order: Order, n: int) -> Batch:
-        """Gather micro-batch n; which view of a picture it sees is a function of n, too."""
+        """Gather micro-batch n; which view of a picture and which prompt it sees is a function of n, too.
+
+        Rows of the class take the bucket of the subject's rows that they stand beside.
+        """
         rows = order.rows(n)
-        seen = [self.views[row][position_seed(order.seed, "view", n, i) % len(self.views[row])]
+        shelf = self.shelves[self.buckets[rows[0]]]
+        seen = [shelf.views[row][position_seed(order.seed, "view", n, i) % len(shelf.views[row])]
                 for i, row in enumerate(rows)]
-        text = table.at([self.prompts[row] for row in rows])
+        dropped = [i < order.batch_size and random.Random(position_seed(order.seed, "caption", n, i)).random()
+                   < self.caption_dropout for i in range(len(rows))]
+        empty = table.prompts.index("")
+        text = table.at([empty if drop else self.prompts[row] for row, drop in zip(rows, dropped, strict=True)])
         names = tuple(self.names[row] for row in rows)
-        return Batch(*self.moments(seen), text, self.add_time_ids[seen], self.weight[rows], order.batch_size, names)
+        return Batch(*shelf.moments(seen), text, shelf.add_time_ids[seen], self.weight[rows], order.batch_size, names)
 
 
-def cut_view(picture: Image.Image, view: View, resolution: int) -> np.ndarray:
-    """Mirror and cut a resized picture: (resolution, resolution, 3) bytes."""
+def cut_view(picture: Image.Image, view: View, bucket: Bucket) -> np.ndarray:
+    """Mirror and cut a resized picture: (height, width, 3) bytes."""
     picture = ImageOps.mirror(picture) if view.flip else picture
-    return np.array(picture.crop((view.left, view.top, view.left + resolution, view.top + resolution)))
+    return np.array(picture.crop((view.left, view.top, view.left + bucket[0], view.top + bucket[1])))
 
 
 def to_pixels(cut: np.ndarray) -> Tensor:
@@ -1468,57 +1622,82 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     return (mean - shift) * factor, std * factor
 
 
-def views_of(run: Run, number_: int, sample: Sample) -> tuple[tuple[int, int], dict[View, np.ndarray]]:
-    """A sample's original width and height, and its distinct views."""
+def views_of(run: Run, number_: int, sample: Sample, bucket: Bucket) -> tuple[tuple[int, int], dict[View, np.ndarray]]:
+    """A sample's original width and height, and its distinct views in a bucket."""
     args = run.args
     picture = load_picture(sample.path)
-    interpolation = Image.Resampling[args.image_interpolation_mode.upper()]
-    small = picture.resize(resized(picture.size, args.resolution), interpolation)
+    small = picture.resize(resized(picture.size, bucket), Image.Resampling[args.image_interpolation_mode.upper()])
     seeds = [position_seed(run.seed, "views", number_, variant) for variant in range(args.cache_variants)]
-    views = [choose_view(small.size, args.resolution, args.center_crop, args.random_flip, random.Random(seed))
+    views = [choose_view(small.size, bucket, args.center_crop, args.random_flip, random.Random(seed))
              for seed in seeds]
-    return picture.size, {view: cut_view(small, view, args.resolution) for view in dict.fromkeys(views)}
+    return picture.size, {view: cut_view(small, view, bucket) for view in dict.fromkeys(views)}
 
 
-Look = tuple[str, str, tuple[int, ...]]
-"""A view as it is kept: the key of its moments, a hash of its pixels, and its add_time_ids."""
+class Look(NamedTuple):
+    """A view as it is kept."""
+
+    key: str  # of its moments
+    pixels: str  # a hash
+    add_time_ids: tuple[int, ...]
 
 
-def encode_views(run: Run, samples: Sequence[Sample]) -> dict[int, list[Look]]:
-    """The looks of this rank's share of the samples; what the store lacks is encoded, by a VAE loaded if need be."""
+Place = tuple[int, Bucket]
+"""A sample by number, in a bucket."""
+
+
+def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -> dict[Place, list[Look]]:
+    """The looks of this rank's share of the places; what the store lacks is encoded, by a VAE loaded if need be."""
     vae = functools.cache(lambda: load_vae(run.vae, run.dtype, run.device))
-    made_by, resolution, looks = (identity(run.vae, "vae"), run.dtype), run.args.resolution, {}
-    share = local_share(len(samples), run.accelerator)
-    viewed = ahead(lambda i: views_of(run, i, samples[i]), share, run.args.dataloader_num_workers)
+    made_by, looks = (identity(run.vae, "vae"), run.dtype), {}
+    share = [places[i] for i in local_share(len(places), run.accelerator)]
+    viewed = ahead(lambda place: views_of(run, place[0], samples[place[0]], place[1]), share,
+                   run.args.dataloader_num_workers)
     bar = progress_bar(len(share), "Pictures", delay=5)
-    for number_, (size, views) in zip(share, viewed, strict=True):
-        looks[number_] = []
+    for (number_, bucket), (size, views) in zip(share, viewed, strict=True):
+        seen = looks[number_, bucket] = []
         for view, cut in views.items():
-            pixels = content_key(resolution, cut.tobytes())
+            pixels = content_key(bucket, cut.tobytes())
             key = content_key(*made_by, pixels)
             if not run.store.has(key):
                 mean, std = encode_image(vae(), to_pixels(cut), str(samples[number_].path))
                 run.store.put(key, mean=mean, std=std)
-            looks[number_].append((key, pixels, (size[1], size[0], view.top, view.left, resolution, resolution)))
+            seen.append(Look(key, pixels, (size[1], size[0], view.top, view.left, bucket[1], bucket[0])))
         bar.update()
     bar.close()
     return looks
 
 
-def build_cache(run: Run, samples: Sequence[Sample], table: TextTable) -> Cache:
-    """Encode every distinct view of every sample that the store lacks."""
-    looks = {number_: seen for part in gather_object([encode_views(run, samples)]) for number_, seen in part.items()}
-    numbers = {look: i for i, look in enumerate(dict.fromkeys(look for i in sorted(looks) for look in looks[i]))}
+def bucket_of_each(args: argparse.Namespace, samples: Iterable[Sample]) -> list[Bucket]:
+    """The bucket of each sample of the subject."""
+    choices = make_buckets(args.aspect_ratio_buckets, args.resolution)
+    return [choose_bucket(picture_size(sample.path), choices, args.max_upscale) for sample in samples]
+
+
+def build_cache(run: Run, samples: Sequence[Sample], buckets: Sequence[Bucket], table: TextTable) -> Cache:
+    """Encode every distinct view of every sample that the store lacks; buckets are those of the subject's samples."""
+    used = list(dict.fromkeys(buckets))
+    places = list(enumerate(buckets)) + [(i, bucket) for i in range(len(buckets), len(samples)) for bucket in used]
+    parts = gather_object([encode_views(run, samples, places)])
+    looks = {place: seen for part in parts for place, seen in part.items()}
     weights = [run.args.prior_loss_weight if sample.is_class else 1.0 for sample in samples]
-    seen = [[(pixels, ids) for _, pixels, ids in looks[i]] for i in range(len(samples))]
+    seen = [[look[1:] for look in looks[place]] for place in places]
+    shelves = {bucket: {i: looks[i, bucket] for i, other in places if other == bucket} for bucket in used}
     return Cache(
-        moments=make_moments(run.store, [key for key, _, _ in numbers], run.device),
-        add_time_ids=torch.tensor([ids for _, _, ids in numbers], device=run.device, dtype=torch.float32),
+        shelves=[make_shelf(run, shelf) for shelf in shelves.values()],
+        buckets=[used.index(bucket) for bucket in buckets],
         weight=torch.tensor(weights, device=run.device),
-        views=[[numbers[look] for look in looks[i]] for i in range(len(samples))],
         prompts=[table.prompts.index(sample.prompt) for sample in samples],
         names=[f'{sample.path} ("{sample.prompt}")' for sample in samples],
-        digest=content_key(seen, weights, [sample.prompt for sample in samples]))
+        digest=content_key(seen, weights, [sample.prompt for sample in samples]),
+        caption_dropout=run.args.caption_dropout)
+
+
+def make_shelf(run: Run, looks: dict[int, list[Look]]) -> Shelf:
+    """A bucket's shelf of the looks of its samples."""
+    numbers = {look: i for i, look in enumerate(dict.fromkeys(look for seen in looks.values() for look in seen))}
+    ids = torch.tensor([look.add_time_ids for look in numbers], device=run.device, dtype=torch.float32)
+    return Shelf(make_moments(run.store, [look.key for look in numbers], run.device), ids,
+                 {sample: [numbers[look] for look in seen] for sample, seen in looks.items()})
 
 
 def make_moments(store: Store, keys: list[str], device: torch.device) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
@@ -1534,15 +1713,15 @@ def make_moments(store: Store, keys: list[str], device: torch.device) -> Callabl
     return lambda numbers: (mean[numbers], std[numbers])
 
 
-def ahead(work: Callable[[int], Any], numbers: Sequence[int], workers: int) -> Iterator[Any]:
-    """Map work over numbers with that many threads, a few pictures ahead of the VAE and no more."""
+def ahead(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Map work over places with that many threads, a few pictures ahead of the VAE and no more."""
     if not workers:
-        yield from map(work, numbers)
+        yield from map(work, places)
         return
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
-        for number_ in numbers:
-            waiting.append(pool.submit(work, number_))
+        for place in places:
+            waiting.append(pool.submit(work, place))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
@@ -1642,10 +1821,10 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
 
 
 KEPT_SETTINGS = (
-    "rank", "lora_alpha", "lora_dropout", "train_text_encoder", "base_precision", "resolution", "train_batch_size",
-    "snr_gamma", "max_grad_norm", "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps",
-    "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
-    "adam_weight_decay_text_encoder")
+    "rank", "lora_alpha", "caption_dropout", "lora_dropout", "train_text_encoder", "base_precision", "resolution",
+    "train_batch_size", "snr_gamma", "max_grad_norm", "learning_rate", "text_encoder_lr", "scale_lr",
+    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
 """Flags that make the run what it is. Others, such as --max_train_steps, validation, logging and where things are, may
 change between start and resume.
 """
@@ -1719,13 +1898,13 @@ def resume(name: str | None, output: Path, state: TrainingState) -> int:
     return 0
 
 
-def save_checkpoint(output: Path, state: TrainingState, keep: int | None, step: int) -> None:
-    """Write checkpoint-N whole or not at all, then remove the oldest beyond `keep`."""
-    saved = state.state_dict(step)
+def save_checkpoint(run: Run, state: TrainingState, step: int) -> None:
+    """Write checkpoint-N whole or not at all, then remove the oldest beyond --checkpoints_total_limit."""
+    saved, output, keep = state.state_dict(step), run.output, run.args.checkpoints_total_limit
     size = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
     with written_beside(output / f"checkpoint-{step}", size=size) as folder:
         folder.mkdir()
-        write_lora(folder / LORA_FILE, state.model)
+        write_loras(run, folder, state.model)
         with open(folder / "state.pt", "wb") as file:
             torch.save(saved, file)
     for old in list_checkpoints(output)[:-keep] if keep else ():
@@ -1812,31 +1991,37 @@ def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
 
 def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable[[int], None]:
     """A function that draws the validation pictures of a step; one that does nothing without a prompt."""
-    args, accelerator = run.args, run.accelerator
-    if not args.validation_prompt:
+    args, accelerator, prompts = run.args, run.accelerator, prompts_to_draw(run.args)
+    if not prompts:
         return lambda step: None
-    share = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
+    count = args.num_validation_images
+    share = range(accelerator.process_index, len(prompts) * count, accelerator.num_processes)
+
+    def draw(index: int) -> Tensor:
+        studio = open_studio(run, model, table, prompts[index // count], args.validation_negative_prompt or "")
+        studio = replace(studio, resolution=args.validation_resolution or args.resolution,
+                         steps=args.validation_num_inference_steps, guidance=args.validation_guidance_scale)
+        return studio.draw([run.seed + index % count])
 
     @torch.no_grad()
     def validate(step: int) -> None:
         with as_users_load_it(model):
-            studio = open_studio(run, model, table, args.validation_prompt)
-            latents = [studio.draw([run.seed + index]) for index in share if not run.stop.signum]  # one at a time
+            latents = [draw(index) for index in share if not run.stop.signum]  # the memory of one at a time
         images = decode_latents(run, model.unet, load_part(run.vae, "vae", run.dtype), latents)
         pictures = gather_object(list(zip(share, images, strict=False)))  # fewer, where a signal came
         if accelerator.is_main_process and pictures:
-            show_pictures(run, step, [image for _, image in sorted(pictures, key=lambda numbered: numbered[0])])
+            show_pictures(run, step, prompts, sorted(pictures, key=lambda numbered: numbered[0]))
         accelerator.wait_for_everyone()
 
     return validate
 
 
-def show_pictures(run: Run, step: int, images: list[Image.Image]) -> None:
+def show_pictures(run: Run, step: int, prompts: list[str], pictures: list[tuple[int, Image.Image]]) -> None:
     """Write `validation/step-N/` and the contact sheet, and tell the trackers."""
-    for index, image in enumerate(images):
+    for index, image in pictures:
         save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png")
-    save_picture(contact_sheet(run.output), run.output / "progress.png")
-    arrays = [np.asarray(image) for image in images]
+    save_picture(contact_sheet(run.output, prompts, run.args.num_validation_images), run.output / "progress.png")
+    arrays = [np.asarray(image) for _, image in pictures]
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
@@ -1849,18 +2034,22 @@ def validation_folder(output: Path, step: int) -> Path:
     return output / "validation" / f"step-{step:06d}"
 
 
-def contact_sheet(output: Path, side: int = 192, gap: int = 6, head: int = 20) -> Image.Image:
-    """One picture of all validations so far: a column a step, the untrained model first; a row a seed."""
-    columns = [sorted(folder.glob("*.png")) for folder in sorted((output / "validation").glob("step-*"))]
-    size = len(columns) * (side + gap) + gap, max(map(len, columns)) * (side + gap) + head
-    sheet = Image.new("RGB", size, "white")
-    for column, paths in enumerate(columns):
+def contact_sheet(output: Path, prompts: list[str], count: int, side: int = 192, gap: int = 6,
+                  head: int = 20) -> Image.Image:
+    """One picture of all validations so far: a column a step, the untrained model first; `count` rows a prompt."""
+    folders = sorted((output / "validation").glob("step-*"))
+    height = head + len(prompts) * (head + count * (side + gap))
+    sheet = Image.new("RGB", (max(2, len(folders)) * (side + gap) + gap, height), "white")
+    write = functools.partial(ImageDraw.Draw(sheet).text, fill="black")
+    for number_, prompt in enumerate(prompts):
+        write((gap, head + number_ * (head + count * (side + gap)) + gap), printable(prompt)[:sheet.width // 6])
+    for column, folder in enumerate(folders):
         left = gap + column * (side + gap)
-        for row, path in enumerate(paths):
-            label = "untrained" if path.parent.name == "step-000000" else f"step {int(path.parent.name[5:])}"
-            ImageDraw.Draw(sheet).text((left, gap), label, fill="black")
-            thumbnail = load_picture(path).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(thumbnail, (left, head + row * (side + gap)))
+        write((left, gap), "untrained" if folder.name == "step-000000" else f"step {int(folder.name[5:])}")
+        for path in folder.glob("*.png"):
+            number_, row = divmod(int(path.stem), count)
+            top = 2 * head + number_ * (head + count * (side + gap)) + row * (side + gap)
+            sheet.paste(load_picture(path).resize((side, side), Image.Resampling.LANCZOS), (left, top))
     return sheet
 
 
@@ -2021,7 +2210,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
     state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, settings_of(run, digest))
     step = resume(args.resume_from_checkpoint, run.output, state)
-    save = functools.partial(save_checkpoint, run.output, state, args.checkpoints_total_limit)
+    save = functools.partial(save_checkpoint, run, state)
     save = save if accelerator.is_main_process else lambda step: None
     adapters = list(model.adapters().values())
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
@@ -2077,13 +2266,122 @@ def lora_metadata(model: TrainableSDXL) -> dict[str, str]:
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
 
 
-def write_lora(path: Path, model: TrainableSDXL) -> None:
-    """Write the LoRA file, once what was written reads back as the live adapters. Raises TrainingError."""
-    tensors, metadata = lora_tensors(model), lora_metadata(model)
+RESNET_NAMES = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+                "conv_shortcut": "skip_connection"}
+OUTER_NAMES = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2"}
+
+
+def sgm_name(path: str, layers: int) -> str:
+    """A UNet module's path as Stability's own code names it, which all web UIs read; layers is layers_per_block."""
+    if path in OUTER_NAMES:
+        return OUTER_NAMES[path]
+    side, *rest = path.split(".")
+    if side == "mid_block":
+        kind, index, *inside = rest
+        place = f"middle_block.{2 * int(index) if kind == 'resnets' else 1}"
+    else:
+        block, kind, index, *inside = rest
+        first = (layers + 1) * int(block)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers + 1}.0.op"
+        if kind == "upsamplers":
+            return f"output_blocks.{first + layers}.2.conv"
+        number_ = first + int(index) + (side == "down_blocks")
+        place = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number_}.{int(kind == 'attentions')}"
+    return ".".join([place, RESNET_NAMES.get(inside[0], inside[0]), *inside[1:]])
+
+
+def kohya_name(module: str, layers: int) -> str:
+    """The stem of a module's tensors in a web UI's file; module begins with its component's name."""
+    component, _, path = module.partition(".")
+    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
+    return f"{prefix}_{sgm_name(path, layers) if component == 'unet' else path}".replace(".", "_")
+
+
+def kohya_tensors(tensors: dict[str, Tensor], alpha: float, layers: int) -> dict[str, Tensor]:
+    """The same adapters as lora_tensors gives, as web UIs read them: each module with an alpha of its own."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        module, matrix = re.fullmatch(r"(.*)\.(lora_[AB])\.weight", key).groups()
+        stem = kohya_name(module, layers)
+        renamed[f"{stem}.lora_{'down' if matrix == 'lora_A' else 'up'}.weight"] = tensor
+        renamed[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return renamed
+
+
+def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What web UIs show and sort by: sd-scripts' ss_ fields, and ModelSpec 1.0.1."""
+    args, step = run.args, max(run.output.glob("validation/step-*/00.png"), default=None)
+    content = save(tensors)
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
+    title, trigger = run.output.resolve().name, args.instance_prompt or ""
+    pictures = len(list_pictures("--instance_data_dir", args.instance_data_dir, args.recursive))
+    settings = {
+        "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
+        "network_dim": args.rank, "network_alpha": float(args.lora_alpha or args.rank), "network_args": "{}",
+        "sd_model_name": Path(run.base.name).name, "vae_name": Path(run.vae.name).name, "seed": run.seed,
+        "learning_rate": args.learning_rate, "unet_lr": args.learning_rate, "lr_scheduler": args.lr_scheduler,
+        "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None, "optimizer": "AdamW",
+        "max_train_steps": args.max_train_steps, "mixed_precision": run.accelerator.mixed_precision,
+        "batch_size_per_device": args.train_batch_size, "min_snr_gamma": args.snr_gamma,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps, "num_train_images": pictures,
+        "resolution": f"({args.resolution}, {args.resolution})",
+        "tag_frequency": json.dumps({title: {trigger: pictures}})}
+    spec = {
+        "sai_model_spec": "1.0.1", "architecture": "stable-diffusion-xl-v1-base/lora", "title": title,
+        "implementation": "https://github.com/Stability-AI/generative-models", "trigger_phrase": trigger,
+        "resolution": f"{args.resolution}x{args.resolution}", "hash_sha256": f"0x{digest}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prediction_type": "v" if run.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "thumbnail": thumbnail(step) if step else None}
+    return {"sshs_model_hash": digest, **{f"ss_{key}": str(value) for key, value in settings.items()},
+            **{f"modelspec.{key}": value for key, value in spec.items() if value}}
+
+
+def thumbnail(path: Path) -> str:
+    """A picture as a data URL of at most 256 pixels."""
+    image, buffer = load_picture(path), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
+    """Write the LoRA files that are asked for into a folder. Raises TrainingError."""
+    dtype, tensors = PRECISIONS[run.args.lora_dtype], lora_tensors(model)
+    diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    write_lora(folder / LORA_FILE, diffusers_form, lora_metadata(model))
+    if run.args.output_kohya_format:
+        alpha, layers = float(run.args.lora_alpha or run.args.rank), model.unet.config.layers_per_block
+        kohya_form = kohya_tensors(diffusers_form, alpha, layers)
+        write_lora(folder / KOHYA_FILE, kohya_form, kohya_metadata(run, kohya_form))
+        check_kohya(folder / KOHYA_FILE, tensors, alpha / run.args.rank, layers, dtype)
+
+
+def check_kohya(path: Path, tensors: dict[str, Tensor], scale: float, layers: int, dtype: torch.dtype) -> None:
+    """Compare each module's change of the weights in a web UI's file with the adapters'. Raises TrainingError."""
+    found, limit = load_file(path), max(1e-6, 4 * torch.finfo(dtype).eps)  # two roundings in a product
+    for key in (key for key in tensors if key.endswith("lora_A.weight")):
+        stem = kohya_name(key.removesuffix(".lora_A.weight"), layers)
+        down, up = (found.pop(f"{stem}.lora_{name}.weight").float() for name in ("down", "up"))
+        theirs = up.flatten(1) @ down.flatten(1) * (found.pop(f"{stem}.alpha").item() / len(down))
+        ours = tensors[key.replace("lora_A", "lora_B")].flatten(1) @ tensors[key].flatten(1) * scale
+        if (theirs - ours).norm() > limit * ours.norm():
+            raise TrainingError(f"{path}: {stem} is not what was trained; please report this.")
+    if found:
+        raise TrainingError(f"{path} holds what belongs to no adapter, {next(iter(found))} first; please report this.")
+
+
+def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a LoRA file, once what was written reads back as what was to be written. Raises TrainingError."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise TrainingError(f"the adapters are not finite; {path} was not written. A lower --learning_rate helps.")
-    with written_beside(path) as unfinished:
-        unfinished.write_bytes(save(tensors, metadata))  # save_file makes files that only their owner can read
+    data = save(tensors, metadata)  # save_file makes files that only their owner can read
+    with written_beside(path, size=len(data)) as unfinished:
+        unfinished.write_bytes(data)
         with safe_open(unfinished, framework="pt") as file:
             same = set(file.keys()) == set(tensors) and file.metadata() == metadata
             if not same or not all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors):
@@ -2107,7 +2405,9 @@ def command_of(args: argparse.Namespace, seed: int) -> str:
     """The command that makes this run, with the flags that differ from their defaults."""
     parser, words = make_parser(), ["accelerate launch train_dreambooth_lora_sdxl.py"]
     for key, value in public_settings(args, seed).items():
-        if isinstance(value, bool) and value != parser.get_default(key):
+        if isinstance(value, list):
+            words += [f"--{key} {shlex.quote(entry)}" for entry in value]
+        elif isinstance(value, bool) and value != parser.get_default(key):
             words.append(f"--{'' if value else 'no-'}{key}")
         elif value != parser.get_default(key):
             words.append(f"--{key} {shlex.quote(str(value))}")
@@ -2156,20 +2456,21 @@ TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd
         "stable-diffusion-xl-diffusers"]
 
 
-def write_card(run: Run, repo: str, step: int, pictures: int) -> list[Path]:
+def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; returns the pictures that the gallery shows."""
     args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
     gallery = sorted(validation_folder(run.output, step).glob("*.png"))
+    trigger, drawn = args.instance_prompt or subject[0].prompt, prompts_to_draw(args)
     data = ModelCardData(
-        license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=args.instance_prompt,
+        license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
-        widget=[{"text": args.validation_prompt, "output": {"url": path.relative_to(run.output).as_posix()}}
-                for path in gallery] or None)
+        widget=[{"text": drawn[int(path.stem) // args.num_validation_images] or " ",
+                 "output": {"url": path.relative_to(run.output).as_posix()}} for path in gallery] or None)
     command = command_of(args, run.seed)
     body = CARD.format(
-        title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=pictures, rank=args.rank,
-        repo=repo, trigger=args.instance_prompt.replace("`", "'"),
-        prompt=args.validation_prompt or args.instance_prompt,
+        title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, rank=args.rank,
+        pictures=len({sample.path for sample in subject}), repo=repo, trigger=trigger.replace("`", "'"),
+        prompt=drawn[0] if drawn else trigger,
         parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
         vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)\n" if vae else "",
         vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's own", command=command,
@@ -2219,17 +2520,17 @@ def create_repository(args: argparse.Namespace) -> str:
 def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
     """Upload LoRA, card and gallery, and nothing else, in one commit; returns its address. Raises HubError."""
     output, api = Path(args.output_dir), HfApi(token=args.hub_token)
+    files = [output / LORA_FILE, output / "README.md", *gallery, *[output / KOHYA_FILE] * args.output_kohya_format]
 
     def upload() -> str:
         operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path)
-                      for path in (output / LORA_FILE, output / "README.md", *gallery)]
+                      for path in files]
         return api.create_commit(repo, operations, commit_message="LoRA, card and pictures").commit_url
 
     try:
         return patiently(upload)
     except Exception as error:  # whatever happened to the upload, the training is safe
-        names = (LORA_FILE, "README.md", *(path.relative_to(output).as_posix() for path in gallery))
-        wanted = " ".join(f"--include {shlex.quote(name)}" for name in names)
+        wanted = " ".join(f"--include {shlex.quote(path.relative_to(output).as_posix())}" for path in files)
         raise HubError(f"the upload to {repo} failed ({first_line(error)}); LoRA, card and pictures are safe in "
                        f"{output}. Push them with\n    hf upload {repo} {shlex.quote(str(output))} {wanted}") from None
 
@@ -2325,6 +2626,7 @@ class Rehearsal:
     def __init__(self, run: Run, encoders: Sequence[nn.Module]) -> None:
         self.run, self.args, self.encoders, self.meter = run, run.args, encoders, MemoryMeter()
         self.resolution, self.side = run.args.resolution, run.args.resolution // run.vae_factor
+        self.drawn = (run.args.validation_resolution or run.args.resolution) // run.vae_factor
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -2374,13 +2676,13 @@ class Rehearsal:
         if not checkpointed(self.args):
             self.packed_unet(self.run.dtype)
         vae = self.vae()
-        vae.decode(torch.empty(1, 4, self.side, self.side, dtype=vae.dtype))
+        vae.decode(torch.empty(1, 4, self.drawn, self.drawn, dtype=vae.dtype))
 
-    def drawing(self, rows: int, dtype: torch.dtype) -> None:
+    def drawing(self, rows: int, dtype: torch.dtype, side: int) -> None:
         """One denoising step of `rows` pictures with guidance."""
         unet, (embeds, pooled) = self.packed_unet(dtype), self.text(2 * rows, dtype)
         added = {"text_embeds": pooled, "time_ids": torch.empty(2 * rows, 6)}
-        latents = torch.empty(2 * rows, 4, self.side, self.side, dtype=dtype)
+        latents = torch.empty(2 * rows, 4, side, side, dtype=dtype)
         unet(latents, torch.tensor(1), embeds, added_cond_kwargs=added)
 
     @torch.enable_grad()
@@ -2410,15 +2712,15 @@ class Rehearsal:
 @torch.no_grad()
 def estimate_memory(run: Run) -> dict[str, Cost]:
     """The cost of each phase that the run will have; no weight is read and no kernel is run."""
-    args, prior = run.args, run.args.with_prior_preservation
+    args, prior, validation = run.args, run.args.with_prior_preservation, bool(prompts_to_draw(run.args))
     if args.base_precision == "nf4":
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
     encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
     phases: dict[str, tuple[bool, Callable[[Rehearsal], None]]] = {
-        "class pictures": (prior, lambda rehearsal: rehearsal.drawing(args.sample_batch_size, class_dtype(run))),
+        "class pictures": (prior, lambda room: room.drawing(args.sample_batch_size, class_dtype(run), room.side)),
         "latents": (True, Rehearsal.pictures),
-        "validation": (bool(args.validation_prompt), lambda rehearsal: rehearsal.drawing(1, run.dtype)),
-        "decoding": (bool(args.validation_prompt) or prior, Rehearsal.decoding),
+        "validation": (validation, lambda room: room.drawing(1, run.dtype, room.drawn)),
+        "decoding": (validation or prior, Rehearsal.decoding),
         "training": (True, Rehearsal.training),
         "prompts": (not args.train_text_encoder, Rehearsal.prompts),
     }
@@ -2564,15 +2866,18 @@ def say(rows: Iterable[tuple[str, str]]) -> None:
     logger.info("\n".join(f"{name:10}{text}".replace("\n", " ") for name, text in rows if text))
 
 
-def say_plan(run: Run, schedule: Schedule, pictures: int) -> None:
+def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
     """Tell what is about to happen: what, how many, how long, where it goes."""
-    args = run.args
+    args, prompts = run.args, list(dict.fromkeys(sample.prompt for sample in subject))
+    more = f" and {len(prompts) - 1} other captions" if len(prompts) > 1 else ""
+    shapes = ", ".join(f"{width}x{height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets)))
     precision = run.accelerator.mixed_precision.replace("no", "fp32")
     packed = "" if args.base_precision == "auto" else f", its linear layers in {args.base_precision},"
     passes = schedule.total_steps / schedule.steps_per_epoch
     of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
     say([
-        ("Subject", f'{pictures} pictures in {args.instance_data_dir}: "{args.instance_prompt}"'),
+        ("Subject", f'{len({s.path for s in subject})} pictures in {args.instance_data_dir}: "{prompts[0]}"{more}'),
+        ("Buckets", shapes if args.aspect_ratio_buckets else ""),
         ("Class", of_class if args.with_prior_preservation else ""),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"),
         ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
@@ -2633,24 +2938,25 @@ def teach(run: Run, objective: Objective, repo: str, started: float) -> None:
     """The phases of a run: the table of contents."""
     args = run.args
     subject = instance_samples(args)
-    pictures = len({sample.path for sample in subject})
+    buckets = bucket_of_each(args, subject)
     schedule = plan_steps(args, len(subject), run.accelerator.num_processes)
-    say_plan(run, schedule, pictures)
+    say_plan(run, schedule, subject, buckets)
     make_class_images(run)
     samples = subject + class_samples(args)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
-    prompts = [*(sample.prompt for sample in samples), args.validation_prompt]
+    prompts = [*(sample.prompt for sample in samples), *prompts_to_draw(args), args.validation_negative_prompt]
     table = build_text(run, prompts, args.train_text_encoder, run.dtype)
-    cache = build_cache(run, samples, table)
+    cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
-    order = Order(range(len(subject)), range(len(subject), len(samples)), args.train_batch_size, run.seed)
+    rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
+    order = Order(rows, range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
     check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
     open_output(run)
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
                     make_validator(run, model, table), schedule, cache.digest)
     if run.accelerator.is_main_process:
-        finish(run, model, outcome, repo, pictures, (time.perf_counter() - started) / 60)
+        finish(run, model, outcome, repo, subject, (time.perf_counter() - started) / 60)
     run.accelerator.end_training()
     if outcome.stopped_by:
         command = f"accelerate launch {Path(__file__).name} --config {run.output / CONFIG_FILE}"
@@ -2683,18 +2989,20 @@ def open_output(run: Run) -> None:
     run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
 
 
-def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, pictures: int, minutes: float) -> None:
+def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject: Sequence[Sample],
+           minutes: float) -> None:
     """Write LoRA and card, push them unless the run was stopped, and tell where everything is."""
     path, address = run.output / LORA_FILE, ""
-    write_lora(path, model)
-    gallery = write_card(run, repo, outcome.step, pictures)
+    write_loras(run, run.output, model)
+    gallery = write_card(run, repo, outcome.step, subject)
     if run.args.push_to_hub and not outcome.stopped_by:
         address = push(run.args, repo, gallery)
     say([
         ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, loss {outcome.loss:.4f}"
                  + (f"; {outcome.skipped} steps were skipped, their numbers not finite" if outcome.skipped else "")),
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
-        ("Pictures", f"{run.output / 'progress.png'}" if run.args.validation_prompt else ""),
+        ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),
+        ("Pictures", f"{run.output / 'progress.png'}" if prompts_to_draw(run.args) else ""),
         ("Card", f"{run.output / 'README.md'}"),
         ("Hub", address),
     ])

@@ -22,7 +22,7 @@ def compose(run: Path, side: int = 112, gap: int = 8, head: int = 22) -> Image.I
     pen.text((gap, 5), f'the five pictures: "{settings["instance_prompt"]}"', fill="black")
     for index, picture in enumerate(given):
         page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (gap + index * (side + gap), head))
-    pen.text((gap, head + side + gap + 4), f'drawn: "{settings["validation_prompt"]}"', fill="black")
+    pen.text((gap, head + side + gap + 4), f'drawn: "{settings["validation_prompt"][0]}"', fill="black")
     page.paste(sheet, (0, head + side + gap + head))
     return page
 

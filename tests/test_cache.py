@@ -145,7 +145,7 @@ def test_trap_24_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
         os.link(store.path(keys[0]), store.path(key))
     tracemalloc.start()
     moments = trainer.make_moments(store, keys, torch.device("cpu"))
-    order = trainer.Order(range(10_000), (), 4, seed=0)
+    order = trainer.Order([range(10_000)], (), 4, seed=0)
     begun = time.perf_counter()
     for n in range(50):
         assert moments(order.rows(n))[0].shape == (4, 4, 128, 128)

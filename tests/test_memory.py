@@ -114,7 +114,8 @@ def test_each_checkpointed_block_keeps_less(train):
         model.train()
         samples = trainer.instance_samples(run.args)
         table = trainer.build_text(run, [samples[0].prompt], False, torch.float32)
-        batch = trainer.build_cache(run, samples, table).batch(table, trainer.Order(range(5), (), 2, 1), 0)
+        cache = trainer.build_cache(run, samples, [(16, 16)] * 5, table)
+        batch = cache.batch(table, trainer.Order([range(5)], (), 2, 1), 0)
         kept.append(saved_bytes(model, batch, trainer.make_objective(run.scheduler)))
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0], kept
 
@@ -203,8 +204,8 @@ def test_the_estimate_is_what_happens(train, tmp_path, name):
     subject = trainer.instance_samples(run.args)
     samples = subject + trainer.class_samples(run.args)
     table = trainer.build_text(run, {sample.prompt for sample in samples}, run.args.train_text_encoder, run.dtype)
-    cache = trainer.build_cache(run, samples, table)
-    order = trainer.Order(range(5), range(5, len(samples)), flags["train_batch_size"], 1)
+    cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
+    order = trainer.Order([range(5)], range(5, len(samples)), flags["train_batch_size"], 1)
     objective = trainer.make_objective(run.scheduler)
     with trainer.MemoryMeter() as meter:
         model = trainer.load_trainable(run).train()
@@ -291,8 +292,8 @@ def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
         )
         samples = trainer.instance_samples(run.args)
         table = trainer.build_text(run, [samples[0].prompt], False, run.dtype)
-        cache = trainer.build_cache(run, samples, table)
-        order, objective = trainer.Order(range(5), (), 5, 0), trainer.make_objective(run.scheduler)
+        cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
+        order, objective = trainer.Order([range(5)], (), 5, 0), trainer.make_objective(run.scheduler)
         model = trainer.load_trainable(run).train()
         optimizer = trainer.make_optimizer(run.args, model, 1)
         for group in optimizer.param_groups:

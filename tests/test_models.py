@@ -189,11 +189,13 @@ def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
         train.args(with_prior_preservation=True, class_data_dir=classes, class_prompt="a dog", center_crop=True)
     )
     samples = instance_samples(started.args) + class_samples(started.args)
-    cache = build_cache(started, samples, build_text(started, ["a photo of sks dog", "a dog"], False, torch.float32))
-    ids = [cache.add_time_ids[views[0]].tolist() for views in cache.views]
+    table = build_text(started, ["a photo of sks dog", "a dog"], False, torch.float32)
+    cache = build_cache(started, samples, [(16, 16)] * 5, table)
+    (shelf,) = cache.shelves
+    ids = [shelf.add_time_ids[views[0]].tolist() for views in shelf.views.values()]
     assert ids[0] == [32, 24, (round(32 * 16 / 24) - 16) // 2, 0, 16, 16]
     assert ids[-1] == [20, 40, 0, 8, 16, 16]
-    assert cache.weight.tolist() == [1.0] * 5 + [1.0] and len(cache.views) == 6
+    assert cache.weight.tolist() == [1.0] * 5 + [1.0] and len(shelf.views) == 6
 
 
 def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
@@ -202,8 +204,8 @@ def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
     started = start(train.args(random_flip=True, repeats=2))
     samples = instance_samples(started.args)
     table = build_text(started, ["a photo of sks dog"], False, torch.float32)
-    cache = build_cache(started, samples, table)
-    order = Order(range(len(samples)), (), 2, seed=0)
+    cache = build_cache(started, samples, [(16, 16)] * len(samples), table)
+    order = Order([range(len(samples))], (), 2, seed=0)
     seen = {}
     for n in range(200):
         batch = cache.batch(table, order, n)
@@ -245,16 +247,17 @@ def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
 
     started = start(train.args(center_crop=True, dataloader_num_workers=2))
     samples = instance_samples(started.args)
-    cache = build_cache(started, samples, build_text(started, ["a photo of sks dog"], False, torch.float32))
+    table = build_text(started, ["a photo of sks dog"], False, torch.float32)
+    (shelf,) = build_cache(started, samples, [(16, 16)] * 5, table).shelves
     vae = load_part(started.vae, "vae", torch.float32, torch.device("cpu"))
-    for sample, views in zip(samples, cache.views, strict=True):
+    for sample, views in zip(samples, shelf.views.values(), strict=True):
         picture = load_picture(sample.path)
-        width, height = resized(picture.size, 16)
+        width, height = resized(picture.size, (16, 16))
         left, top = (width - 16) // 2, (height - 16) // 2
         cut = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
         pixels = torch.tensor(list(cut.get_flattened_data())).view(16, 16, 3).permute(2, 0, 1) / 127.5 - 1
         assert len(views) == 1
-        torch.testing.assert_close(cache.moments(views)[0][0], encode_image(vae, pixels, "x")[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shelf.moments(views)[0][0], encode_image(vae, pixels, "x")[0], rtol=1e-4, atol=1e-4)
 
 
 def test_trap_25_embeddings_need_no_gradients(run):

@@ -9,7 +9,7 @@ from train_dreambooth_lora_sdxl import Order, micro_batches, plan_epoch, plan_st
 
 @pytest.mark.parametrize("rows, batch_size", [(5, 4), (5, 1), (1, 3), (7, 7), (3, 8), (12, 5)])
 def test_trap_9_every_batch_is_full_and_every_picture_counts_alike(rows, batch_size):
-    order = Order(range(rows), (), batch_size, seed=3)
+    order = Order([range(rows)], (), batch_size, seed=3)
     batches = [order.rows(n) for n in range(rows * 6)]
     assert all(len(batch) == batch_size for batch in batches)
     counts = Counter(row for batch in batches for row in batch)
@@ -31,7 +31,7 @@ def test_buckets_never_mix_and_nobody_is_dropped():
 
 
 def test_class_rows_stand_beside_instance_rows():
-    order = Order(range(5), range(5, 12), 3, seed=0)
+    order = Order([range(5)], range(5, 12), 3, seed=0)
     for n in range(10):
         rows = order.rows(n)
         assert all(row < 5 for row in rows[:3]) and all(row >= 5 for row in rows[3:]) and len(rows) == 6

@@ -83,10 +83,10 @@ def test_a_folder_without_pictures(tmp_path, train):
 
 
 def test_views_cover_the_picture_and_stay_inside():
-    assert resized((300, 200), 64) == (96, 64)
-    assert resized((100, 333), 64) == (64, 213)
+    assert resized((300, 200), (64, 64)) == (96, 64)
+    assert resized((100, 333), (64, 64)) == (64, 213)
     rng = random.Random(0)
-    views = [choose_view((96, 64), 64, False, True, rng) for _ in range(300)]
+    views = [choose_view((96, 64), (64, 64), False, True, rng) for _ in range(300)]
     assert {view.left for view in views} == set(range(33)) and {view.top for view in views} == {0}
     assert {view.flip for view in views} == {True, False}
-    assert choose_view((96, 64), 64, True, False, rng) == (0, 16, False)
+    assert choose_view((96, 64), (64, 64), True, False, rng) == (0, 16, False)

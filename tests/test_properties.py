@@ -31,7 +31,7 @@ def test_every_row_of_every_bucket_comes_equally_often(sizes, batch_size, seed):
 @given(st.integers(1, 12), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**31), st.integers(0, 200))
 def test_a_micro_batch_is_a_function_of_its_number(rows, classes, batch_size, seed, n):
     def order():
-        return trainer.Order(range(rows), range(rows, rows + classes), batch_size, seed)
+        return trainer.Order([range(rows)], range(rows, rows + classes), batch_size, seed)
 
     walked, jumped = order(), order()
     for before in range(n):
@@ -40,14 +40,29 @@ def test_a_micro_batch_is_a_function_of_its_number(rows, classes, batch_size, se
     assert found == walked.rows(n) and len(found) == batch_size * (2 if classes else 1)
 
 
-@given(SIZES, st.integers(1, 200).map(lambda eighths: 8 * eighths), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_a_view_lies_inside_the_resized_picture(size, resolution, center, flip, seed):
-    width, height = trainer.resized(size, resolution)
-    assert min(width, height) == resolution
-    assert math.isclose(width / height, size[0] / size[1], rel_tol=1.0 / resolution)
-    view = trainer.choose_view((width, height), resolution, center, flip, random.Random(seed))
-    assert 0 <= view.top <= height - resolution and 0 <= view.left <= width - resolution
+SIDES = st.integers(1, 200).map(lambda eighths: 8 * eighths)
+
+
+@given(SIZES, st.tuples(SIDES, SIDES), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_a_view_lies_inside_the_resized_picture(size, bucket, center, flip, seed):
+    width, height = trainer.resized(size, bucket)
+    assert (width == bucket[0] and height >= bucket[1]) or (height == bucket[1] and width >= bucket[0])
+    assert math.isclose(width / height, size[0] / size[1], rel_tol=1.0 / min(bucket))
+    view = trainer.choose_view((width, height), bucket, center, flip, random.Random(seed))
+    assert 0 <= view.top <= height - bucket[1] and 0 <= view.left <= width - bucket[0]
     assert flip or not view.flip
+
+
+@given(SIZES, st.sampled_from([512, 768, 1024]), st.sampled_from([1.0, 1.5, 2.0, 9.0]))
+def test_a_bucket_has_the_pictures_shape_and_enlarges_it_no_more_than_allowed(size, resolution, limit):
+    buckets = trainer.make_buckets("auto", resolution)
+    width, height = trainer.choose_bucket(size, buckets, limit)
+    assert width % 8 == height % 8 == 0 and width * height <= resolution**2
+    if min(size) * limit >= 64:
+        assert max(width / size[0], height / size[1]) <= limit
+    if min(size) * limit > 2 * resolution:  # nothing in the way
+        best = min(abs(math.log(w / h * size[1] / size[0])) for w, h in buckets)
+        assert math.isclose(abs(math.log(width / height * size[1] / size[0])), best)
 
 
 @given(st.text())

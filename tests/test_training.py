@@ -95,8 +95,8 @@ def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
     model = trainer.load_trainable(started)
     samples = trainer.instance_samples(started.args)
     table = trainer.build_text(started, [samples[0].prompt], False, torch.float32)
-    cache = trainer.build_cache(started, samples, table)
-    objective, order = trainer.make_objective(started.scheduler), trainer.Order(range(5), (), 2, 1)
+    cache = trainer.build_cache(started, samples, [(16, 16)] * 5, table)
+    objective, order = trainer.make_objective(started.scheduler), trainer.Order([range(5)], (), 2, 1)
     for n in range(4):
         torch.manual_seed(trainer.position_seed(1, "noise", n))
         (trainer.diffusion_loss(model, objective, cache.batch(table, order, n)) / 4).backward()
@@ -186,6 +186,45 @@ def test_trap_10_validation_draws_what_a_user_draws(train, tiny, precision, enco
         output / "validation/step-000003/00.png"
     ).read_bytes()
     assert Image.open(output / "progress.png").width > 2 * 192
+
+
+def test_several_prompts_with_a_negative_one_as_a_user_draws_them(train, tiny, tmp_path):
+    """Of the command line and a file; two seeds each, at a size, number of steps and guidance of their own."""
+    (tmp_path / "prompts.txt").write_text("a cat in the snow\n\na dog on grass\n")
+    output = train(
+        validation_prompt="a dog on grass",
+        validation_prompts=tmp_path / "prompts.txt",
+        validation_negative_prompt="a red mug",
+        num_validation_images=2,
+        validation_resolution=24,
+        validation_num_inference_steps=7,
+        validation_guidance_scale=3,
+        max_train_steps=1,
+    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    pipeline.set_progress_bar_config(disable=True)
+    index = 0
+    for prompt in ("a dog on grass", "a cat in the snow"):
+        for seed in (1, 2):
+            drawn = pipeline(
+                prompt,
+                negative_prompt="a red mug",
+                num_inference_steps=7,
+                guidance_scale=3,
+                generator=torch.Generator().manual_seed(seed),
+                height=24,
+                width=24,
+            ).images[0]
+            assert Image.open(output / f"validation/step-000000/{index:02d}.png").tobytes() == drawn.tobytes()
+            index += 1
+    assert len(list((output / "validation/step-000001").iterdir())) == 4
+    assert Image.open(output / "progress.png").height > 4 * 192
+    card = (output / "README.md").read_text()
+    assert card.count("text: a cat in the snow") == card.count("text: a dog on grass") == 2
+    settings = trainer.yaml.safe_load((output / trainer.CONFIG_FILE).read_text())
+    assert settings["validation_prompt"] == ["a dog on grass"]
+    again = trainer.parse_args(["--config", str(output / trainer.CONFIG_FILE), "--validation_prompt=a mug"])
+    assert again.validation_prompt == ["a mug"]  # the command line wins
 
 
 def test_validation_without_zeros_for_the_empty_prompt(train, tiny, tmp_path):

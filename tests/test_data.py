@@ -1,0 +1,195 @@
+"""Folders as people have them: captions, metadata, sub-folders, shapes; features in pairs."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_dreambooth_lora_sdxl as trainer
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three pictures, the last in a sub-folder."""
+    made = tmp_path / "data"
+    (made / "more").mkdir(parents=True)
+    for name, colour in (("a.png", "red"), ("b.jpg", "green"), ("more/c.png", "blue")):
+        Image.new("RGB", (30, 20), colour).save(made / name)
+    return made
+
+
+def prompts(train, folder, **flags) -> dict[str, str]:
+    samples = trainer.instance_samples(train.args(instance_data_dir=folder, **flags))
+    return {sample.path.name: sample.prompt for sample in samples}
+
+
+def test_pictures_alone_have_the_instance_prompt(train, folder):
+    assert prompts(train, folder) == dict.fromkeys(("a.png", "b.jpg"), "a photo of sks dog")
+    assert set(prompts(train, folder, recursive=True)) == {"a.png", "b.jpg", "c.png"}
+
+
+def test_a_text_beside_a_picture_is_its_caption(train, folder):
+    (folder / "a.txt").write_text("\ufeff{instance_prompt} on grass, 犬\n", encoding="utf-8")
+    (folder / "b.txt").write_text("")  # an empty one is none
+    (folder / "more" / "c.txt").write_text("no placeholder")
+    assert prompts(train, folder, recursive=True) == {
+        "a.png": "a photo of sks dog on grass, 犬",
+        "b.jpg": "a photo of sks dog",
+        "c.png": "no placeholder",
+    }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_gives_captions(train, folder, kind):
+    rows = [("a.png", 'red, "dear" dog'), ("more/c.png", "blue")]
+    if kind == "csv":
+        text = 'file_name,text\na.png,"red, ""dear"" dog"\nmore/c.png,blue\n'
+    else:
+        text = "\n\n".join(json.dumps({"file_name": name, "text": caption, "extra": 1}) for name, caption in rows)
+    (folder / f"metadata.{kind}").write_text(text)
+    (folder / "a.txt").write_text("metadata wins")
+    assert prompts(train, folder, recursive=True) == {
+        "a.png": 'red, "dear" dog',
+        "b.jpg": "a photo of sks dog",
+        "c.png": "blue",
+    }
+
+
+def test_no_instance_prompt_is_needed_where_all_have_captions(train, folder):
+    (folder / "a.txt").write_text("a red thing")
+    with pytest.raises(trainer.UserError, match=r"--instance_prompt is needed, as 1 of 2 pictures .*: b\.jpg"):
+        train.args(instance_data_dir=folder, instance_prompt=None)
+    (folder / "b.txt").write_text("a green thing")
+    output = train(instance_data_dir=folder, instance_prompt=None, log_level="info")
+    assert "a red thing" in (output / "README.md").read_text()
+
+
+def test_captions_reach_the_batches_and_dropout_empties_them(train, folder):
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"a photo of {name}")
+    run = trainer.start(train.args(instance_data_dir=folder, caption_dropout=0.25))
+    samples = trainer.instance_samples(run.args)
+    table = trainer.build_text(run, [sample.prompt for sample in samples], False, torch.float32)
+    cache = trainer.build_cache(run, samples, [(16, 16)] * 2, table)
+    order, seen = trainer.Order([range(2)], (), 2, 0), Counter()
+    for n in range(400):
+        for row, embeds in zip(order.rows(n), cache.batch(table, order, n).text[0], strict=True):
+            found = [prompt for prompt in table.prompts if torch.equal(table.of(prompt)[0][0], embeds)]
+            assert found in ([samples[row].prompt], [""])
+            seen[found[0]] += 1
+    assert 0.2 < seen[""] / 800 < 0.3
+    assert cache.batch(table, order, 7).text[0].equal(cache.batch(table, order, 7).text[0])
+
+
+SHAPES = {"wide.png": (90, 40), "wider.png": (120, 50), "tall.png": (40, 90), "tiny.png": (9, 6)}
+SHAPES["square.png"] = 64, 64
+
+
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    made = tmp_path / "shapes"
+    made.mkdir()
+    for i, (name, size) in enumerate(SHAPES.items()):
+        Image.effect_noise(size, 50 + i).convert("RGB").save(made / name)
+    return made
+
+
+def test_sdxls_own_buckets():
+    """The 40 pairs of its paper's appendix I (EXPORT_FORMATS.md, section 6), and the one that it does not mirror."""
+    pairs = {
+        512: (2048, 1984, 1920, 1856),
+        576: (1792, 1728, 1664),
+        640: (1600, 1536),
+        704: (1472, 1408, 1344),
+        768: (1344, 1280),
+        832: (1216, 1152),
+        896: (1152, 1088),
+        960: (1088, 1024),
+        1024: (1024, 960),
+    }
+    short = {(side, other) for side, others in pairs.items() for other in others}
+    assert set(trainer.make_buckets("auto", 1024)) == short | {(other, side) for side, other in short}
+
+
+@pytest.mark.parametrize("spec", ["auto", "64x64,96x40,40x96"])
+def test_every_picture_keeps_its_shape_and_none_is_dropped(train, shapes, spec):
+    args = train.args(instance_data_dir=shapes, resolution=64, aspect_ratio_buckets=spec, max_upscale=9)
+    samples = trainer.instance_samples(args)
+    buckets = trainer.bucket_of_each(args, samples)
+    for sample, (width, height) in zip(samples, buckets, strict=True):
+        size = SHAPES[sample.path.name]
+        assert abs(math.log(width / height) - math.log(size[0] / size[1])) < 0.45
+    assert len(set(buckets)) >= 3
+
+
+def test_a_small_picture_gets_a_small_bucket():
+    buckets = trainer.make_buckets("auto", 1024)
+    assert trainer.choose_bucket((2000, 1000), buckets, 1.0) == (1408, 704)
+    width, height = trainer.choose_bucket((500, 250), buckets, 1.5)
+    assert (width, height) == (704, 320) and max(width / 500, height / 250) <= 1.5
+    assert trainer.choose_bucket((10, 10), [(64, 64)], 1.0) == (64, 64)  # without buckets there is no other
+
+
+PAIRS = {
+    "buckets": {},
+    "buckets, prior, accumulation": {
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "num_class_images": 3,
+        "gradient_accumulation_steps": 2,
+    },
+    "buckets, flips, captions dropped, text encoders": {
+        "random_flip": True,
+        "caption_dropout": 0.5,
+        "train_text_encoder": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_buckets_train_and_resume_exactly(train, shapes, tmp_path, name):
+    from safetensors.torch import load_file
+
+    flags = {"instance_data_dir": shapes, "aspect_ratio_buckets": "auto", "resolution": 32, **PAIRS[name]}
+    if "class_prompt" in flags:
+        flags["class_data_dir"] = tmp_path / "classes"
+    whole = train(**flags, max_train_steps=5, checkpointing_steps=2, output_dir=tmp_path / "whole")
+    again = train(**flags, max_train_steps=5, output_dir=tmp_path / "b", resume_from_checkpoint=whole / "checkpoint-2")
+    first, second = (load_file(folder / trainer.LORA_FILE) for folder in (whole, again))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_rows_of_a_batch_share_a_bucket_and_have_their_own_time_ids(train, shapes, tmp_path):
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    Image.new("RGB", (70, 50)).save(classes / "0.png")
+    run = trainer.start(
+        train.args(
+            instance_data_dir=shapes,
+            aspect_ratio_buckets="auto",
+            resolution=32,
+            with_prior_preservation=True,
+            class_data_dir=classes,
+            class_prompt="a dog",
+        )
+    )
+    subject = trainer.instance_samples(run.args)
+    samples, buckets = subject + trainer.class_samples(run.args), trainer.bucket_of_each(run.args, subject)
+    table = trainer.build_text(run, {sample.prompt for sample in samples}, False, torch.float32)
+    cache = trainer.build_cache(run, samples, buckets, table)
+    rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
+    order, seen = trainer.Order(rows, range(5, 6), 2, 0), set()
+    for n in range(40):
+        batch, numbers = cache.batch(table, order, n), order.rows(n)
+        width, height = buckets[numbers[0]]
+        assert batch.mean.shape == (4, 4, height // run.vae_factor, width // run.vae_factor)
+        assert batch.add_time_ids[:, 4:].tolist() == [[height, width]] * 4
+        for row, ids in zip(numbers, batch.add_time_ids.tolist(), strict=True):
+            own = SHAPES.get(samples[row].path.name, (70, 50))
+            assert ids[:2] == [own[1], own[0]]
+        seen.update(numbers)
+    assert seen == set(range(6))
