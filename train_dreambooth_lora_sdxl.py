@@ -36,6 +36,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import html
 import importlib.util
 import io
 import json
@@ -47,6 +48,7 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import sys
 import tempfile
 import time
@@ -55,7 +57,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -67,6 +69,7 @@ from PIL import Image, ImageDraw, ImageOps
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 CONFIG_FILE = "training_config.yaml"
+HISTORY_FILE = "history.jsonl"
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
@@ -1989,8 +1992,9 @@ def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
         model.train()
 
 
-def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable[[int], None]:
-    """A function that draws the validation pictures of a step; one that does nothing without a prompt."""
+def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
+                   report: Callable[[], None]) -> Callable[[int], None]:
+    """A function that draws the validation pictures of a step and reports; it does nothing without a prompt."""
     args, accelerator, prompts = run.args, run.accelerator, prompts_to_draw(run.args)
     if not prompts:
         return lambda step: None
@@ -2011,6 +2015,7 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable
         pictures = gather_object(list(zip(share, images, strict=False)))  # fewer, where a signal came
         if accelerator.is_main_process and pictures:
             show_pictures(run, step, prompts, sorted(pictures, key=lambda numbered: numbered[0]))
+            report()
         accelerator.wait_for_everyone()
 
     return validate
@@ -2053,6 +2058,99 @@ def contact_sheet(output: Path, prompts: list[str], count: int, side: int = 192,
     return sheet
 
 
+# ------------------------------------------------------------------------------------------------------------- report
+# One page that needs no network: the sheet, the curves, the data, the settings, and how to use the files.
+
+REPORT = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --line: #8886; --curve: light-dark(#0b57d0, #8ab4f8) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
+.small { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
+figure { margin: 0 } figcaption { font-size: .85rem; overflow-wrap: anywhere }
+.sheet { overflow-x: auto } .sheet img { max-width: none }
+svg { width: 100%; border: 1px solid var(--line) } polyline { fill: none; stroke: var(--curve); stroke-width: 1.5 }
+text { font: 11px system-ui; fill: currentColor }
+table { border-collapse: collapse } td, th { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left;
+overflow-wrap: anywhere } pre { overflow-x: auto; border: 1px solid var(--line); padding: .6rem }
+</style>
+</head>
+<body>
+<header><h1>$title</h1><p>$summary</p></header>
+<main>
+<section aria-labelledby="pictures"><h2 id="pictures">Pictures</h2>$sheet</section>
+<section aria-labelledby="curves"><h2 id="curves">Curves</h2><div class="grid">$curves</div></section>
+<section aria-labelledby="data"><h2 id="data">Training pictures</h2><div class="grid small">$data</div></section>
+<section aria-labelledby="use"><h2 id="use">Use it</h2><pre tabindex="0">$use</pre></section>
+<section aria-labelledby="settings"><h2 id="settings">Settings</h2>
+<details><summary>All flags of this run</summary><table><tr><th>flag</th><th>value</th></tr>$settings</table></details>
+</section>
+</main>
+</body>
+</html>
+""")
+USE = """pipeline = StableDiffusionXLPipeline.from_pretrained({base!r})
+pipeline.load_lora_weights({folder!r}, weight_name={file!r})
+image = pipeline({prompt!r}, num_inference_steps=25).images[0]"""
+
+
+def read_history(output: Path, before: float = math.inf) -> list[dict[str, float]]:
+    """What was logged up to a step; a line that a kill cut off is passed over."""
+    entries = []
+    with suppress(FileNotFoundError):
+        for line in (output / HISTORY_FILE).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                entries.append(json.loads(line))
+    return [entry for entry in entries if entry["step"] <= before]
+
+
+def curve(name: str, points: Sequence[tuple[float, float]]) -> str:
+    """A figure with one line of numbers over steps."""
+    steps, values = zip(*points, strict=True)
+    low, high, first, last = min(values), max(values), steps[0], steps[-1]
+    place = [(40 + 350 * (x - first) / ((last - first) or 1), 150 - 130 * (y - low) / ((high - low) or 1))
+             for x, y in points]
+    told = f"{name} from {values[0]:.4g} at step {first} to {values[-1]:.4g} at step {last}"
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
+    marks = ((2, 24, f"{high:.3g}"), (2, 150, f"{low:.3g}"), (40, 168, f"step {first}"), (340, 168, f"step {last}"))
+    texts = "".join(f'<text x="{x}" y="{y}">{mark}</text>' for x, y, mark in marks)
+    return (f'<figure><svg viewBox="0 0 400 175" role="img" aria-label="{told}"><polyline points="{line}"/>{texts}'
+            f"</svg><figcaption>{name}</figcaption></figure>")
+
+
+def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
+    """Write report.html from what is in the output folder."""
+    escape, args, sheet = html.escape, run.args, run.output / "progress.png"
+    history = read_history(run.output)
+    names = sorted({name for entry in history for name in entry} - {"step"})
+    curves = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names}
+    shown = {sample.path: (sample, bucket) for sample, bucket in zip(subject, buckets, strict=True)}
+    data = [f'<figure><img src="{thumbnail(path)}" alt="{escape(path.name)}" width="128"><figcaption>'
+            f"{escape(path.name)}, {width}x{height}: {escape(sample.prompt)}</figcaption></figure>"
+            for path, (sample, (width, height)) in list(shown.items())[:100]]
+    picture = ""
+    if sheet.exists():
+        encoded = base64.b64encode(sheet.read_bytes()).decode()
+        told = escape(f"A column a step, the untrained model first; rows: {'; '.join(prompts_to_draw(args))}")
+        picture = (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{told}">'
+                   f"</div><figcaption>{told}</figcaption></figure>")
+    settings = public_settings(args, run.seed).items()
+    page = REPORT.substitute(
+        title=escape(run.output.resolve().name), sheet=picture or "<p>No --validation_prompt was given.</p>",
+        summary=escape(f"{len(shown)} pictures, rank {args.rank}, "
+                       f"{history[-1]['step'] if history else 0} steps so far"),
+        curves="".join(curve(escape(name), points) for name, points in curves.items()) or "<p>Nothing yet.</p>",
+        data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
+        use=escape(USE.format(base=run.base.name, folder=str(run.output), file=LORA_FILE, prompt=subject[0].prompt)),
+        settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
+    with written_beside(run.output / "report.html") as unfinished:
+        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
 # ------------------------------------------------------------------------------------------------------ training loop
 # Draw rows, loss, backward, clip, step; then log, save, validate where due.
 
@@ -2080,6 +2178,11 @@ class Progress:
         self.step, self.seen, self.loss = step, [], math.nan  # seen: of each micro-batch its step, names and loss
         self.norms, self.finite = [], deque(maxlen=5)
         self.looked_at, self.since = step, time.perf_counter()
+        self.history = run.output / HISTORY_FILE
+        if self.accelerator.is_main_process:
+            lines = [json.dumps(entry) + "\n" for entry in read_history(run.output, before=step) if step]
+            with written_beside(self.history) as unfinished:
+                unfinished.write_text("".join(lines), encoding="utf-8")
 
     def note(self, batch: Batch, loss: Tensor) -> None:
         """Note a micro-batch."""
@@ -2114,10 +2217,13 @@ class Progress:
             raise TrainingError(f"at step {self.step} the fp16 scaler came down to {self.scaler.get_scale():g}: every "
                                 "gradient overflows. Use --mixed_precision bf16, or a lower --learning_rate.")
         rates = dict(zip(("lr/unet", "lr/text_encoder"), self.lr_scheduler.get_last_lr(), strict=False))
-        self.accelerator.log({
-            "loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
-            "samples_per_second": (self.step - self.looked_at) * self.samples_per_step / (now - self.since), **rates},
-            step=self.step)
+        speed = (self.step - self.looked_at) * self.samples_per_step / (now - self.since)
+        told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
+                "samples_per_second": speed, **rates}
+        self.accelerator.log(told, step=self.step)
+        if self.accelerator.is_main_process:  # a full disk is told of where it matters
+            with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **told}) + "\n")
         self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
         self.seen.clear()
         self.norms.clear()
@@ -2953,9 +3059,11 @@ def teach(run: Run, objective: Objective, repo: str, started: float) -> None:
     model = load_trainable(run)
     check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
     open_output(run)
+    report = functools.partial(write_report, run, subject, buckets)
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
-                    make_validator(run, model, table), schedule, cache.digest)
+                    make_validator(run, model, table, report), schedule, cache.digest)
     if run.accelerator.is_main_process:
+        report()
         finish(run, model, outcome, repo, subject, (time.perf_counter() - started) / 60)
     run.accelerator.end_training()
     if outcome.stopped_by:
@@ -3003,6 +3111,7 @@ def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject:
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),
         ("Pictures", f"{run.output / 'progress.png'}" if prompts_to_draw(run.args) else ""),
+        ("Report", f"{run.output / 'report.html'}"),
         ("Card", f"{run.output / 'README.md'}"),
         ("Hub", address),
     ])

@@ -380,6 +380,7 @@ def test_output_of_a_run_is_plan_progress_summary(train):
         "Done",
         "LoRA",
         "Pictures",
+        "Report",
         "Card",
     ]
     assert "Training" in told.stderr and "warn" not in told.stderr.lower()

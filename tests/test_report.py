@@ -1,0 +1,82 @@
+"""report.html: one page that opens from disk, in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import train_dreambooth_lora_sdxl as trainer
+
+
+@pytest.fixture
+def output(train) -> Path:
+    """A finished run whose prompts would like to break a page."""
+    return train(
+        max_train_steps=30,
+        instance_prompt='a photo of sks dog </title><script>throw "injected"</script> & "quotes"',
+        validation_prompt="<img src=x onerror=alert(1)>",
+        num_validation_images=1,
+        validation_steps=15,
+        aspect_ratio_buckets="auto",
+        resolution=32,
+    )
+
+
+def test_the_page_needs_nothing_else_and_nothing_breaks_it(output):
+    page = (output / "report.html").read_text()
+    assert "<script" not in page and "onerror=alert(1)>" not in page
+    sources = re.findall(r'(?:src|href)="([^"]*)', page)
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert page.count("<svg") == 5 and 'aria-label="loss from' in page  # loss, norm, rate, memory, speed
+    assert page.count('width="128"') == 5 and page.count(" alt=") == page.count("<img")
+    levels = re.findall(r"<(h\d)", page)
+    assert levels[0] == "h1" and set(levels[1:]) == {"h2"}
+    HTMLParser().feed(page)
+
+
+def test_the_history_is_cut_where_a_run_goes_on(train):
+    output = train(max_train_steps=30, checkpointing_steps=20)
+    assert [entry["step"] for entry in trainer.read_history(output)] == [10, 20, 30]
+    with open(output / trainer.HISTORY_FILE, "a") as file:
+        file.write('{"step": 4')  # a kill
+    train(max_train_steps=40, resume_from_checkpoint="checkpoint-20")
+    assert [entry["step"] for entry in trainer.read_history(output)] == [10, 20, 30, 40]
+    train(max_train_steps=10)
+    assert [entry["step"] for entry in trainer.read_history(output)] == [10]
+
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const images = [...document.images];
+  const told = {images: images.length, shown: images.filter(i => i.complete && i.naturalWidth > 0).length,
+                wide: document.documentElement.scrollWidth <= innerWidth};
+  document.title = JSON.stringify(told);
+});
+</script></body>"""
+
+
+@pytest.mark.parametrize("size", ["400,900", "1400,1000"])
+def test_it_opens_in_a_browser(output, tmp_path, size):
+    """Debian's chromium, headless: every picture is shown, nothing hangs over, the console is silent."""
+    browser = shutil.which("chromium") or pytest.skip("no browser here: apt-get install chromium, as .ci/run does")
+    page = output / "report.html"
+    probed = page.read_text().replace("</body>", PROBE)
+    (tmp_path / "probed.html").write_text(probed)
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    common = [browser, "--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr"]
+    common += [*(f"--disable-{part}" for part in quiet), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}"]
+    address = f"file://{tmp_path / 'probed.html'}"
+    told = subprocess.run([*common, "--dump-dom", address], capture_output=True, text=True)
+    found = json.loads(re.search(r"<title>(\{.*?\})</title>", told.stdout)[1])
+    assert found["images"] == found["shown"] == 6 and found["wide"], found
+    assert "CONSOLE" not in told.stderr
+    shot = tmp_path / "shot.png"
+    subprocess.run([*common, f"--screenshot={shot}", f"file://{page}"], capture_output=True, check=True)
+    from PIL import Image
+
+    assert len(Image.open(shot).convert("RGB").resize((100, 100)).getcolors(10_000)) > 20
