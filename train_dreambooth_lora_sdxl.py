@@ -1,4 +1,24 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.14",
+#     "diffusers>=0.42.1",
+#     "transformers>=5.23.0",
+#     "accelerate>=1.15.0",
+#     "peft>=0.21.2",
+#     "bitsandbytes>=0.50.2",
+#     "huggingface_hub>=2.4.0",
+#     "safetensors>=0.8.0",
+#     "filelock>=4.2",
+#     "tensorboard>=2.21.0",
+#     "wandb>=0.31.0",
+#     "pillow>=13.0",
+#     "numpy>=2.4",
+#     "pyyaml>=6.0",
+#     "tqdm>=4.67",
+# ]
+# ///
 """Teach Stable Diffusion XL a new subject from three to five pictures: DreamBooth with LoRA, in one file.
 
 Three commands that work as they stand:
@@ -39,6 +59,7 @@ import hashlib
 import html
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -64,7 +85,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, ImageStat
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -201,7 +222,11 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--allow_pickle", action=YES_NO, default=False, help="load weights that are no safetensors, as pickles")
 
     add = parser.add_argument_group("pictures").add_argument
-    add("--instance_data_dir", required=True, metavar="DIR", help="folder with the pictures of your subject")
+    add("--instance_data_dir", metavar="DIR", help="folder with the pictures of your subject")
+    add("--dataset_name", metavar="ID|DIR", help="instead of a folder: what `datasets` reads, of the Hub or here")
+    add("--dataset_config_name", metavar="NAME", help="of a data set that has several")
+    add("--image_column", default="image")
+    add("--caption_column", help="default: every picture has the instance prompt")
     add("--instance_prompt", help='with a rare word: "a photo of sks dog"; not needed where all have captions')
     add("--recursive", action=YES_NO, default=False, help="look into sub-folders, too")
     add("--caption_dropout", type=number(float, 0, high=1), default=0.0, help="share of rows that see an empty prompt")
@@ -268,6 +293,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
     add("--checkpoint_blocks", type=blocks, metavar="auto|all|N",
         help="the same for the UNet's first N blocks only; auto: as few as fit in --vram_budget or the free memory")
+    add("--dry_run", action=YES_NO, default=False, help="look at the pictures, tell the plan and the memory, and stop")
     add("--estimate_memory", action=YES_NO, default=False, help="tell what every phase will take, and stop")
     add("--vram_budget", type=POSITIVE, metavar="GB", help="choose base precision and checkpointing that fit")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
@@ -362,14 +388,23 @@ def check_args(args: argparse.Namespace) -> None:
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle)
     check_output(args)
-    pictures = list_pictures("--instance_data_dir", args.instance_data_dir, args.recursive)
-    if not pictures:
-        raise UserError(f"--instance_data_dir {args.instance_data_dir} holds no picture "
-                        f"({', '.join(sorted(PICTURE_SUFFIXES))}).")
-    check_pictures("--instance_data_dir", pictures)
-    instance_samples(args)
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
+                        if args.dataset_name is None else "--instance_data_dir and --dataset_name exclude each other.")
+    if args.instance_data_dir is not None:
+        check_subject(args)
     if args.with_prior_preservation and Path(args.class_data_dir).exists():
         check_pictures("--class_data_dir", list_pictures("--class_data_dir", args.class_data_dir))
+
+
+def check_subject(args: argparse.Namespace) -> None:
+    """The subject's pictures are there and whole, and each has a prompt. Raises UserError."""
+    folder = pictures_folder(args)
+    pictures = list_pictures("--instance_data_dir", folder, args.recursive)
+    if not pictures:
+        raise UserError(f"--instance_data_dir {folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+    check_pictures("--instance_data_dir", pictures)
+    instance_samples(args)
 
 
 def check_prior_flags(args: argparse.Namespace) -> None:
@@ -386,6 +421,8 @@ def check_packages(args: argparse.Namespace) -> None:
     needed = {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
     if args.base_precision == "nf4":
         needed["--base_precision nf4"] = "bitsandbytes"
+    if args.dataset_name:
+        needed["--dataset_name"] = "datasets"
     if args.report_to != "none":
         needed[f"--report_to {args.report_to}"] = args.report_to
     for flag, package in needed.items():
@@ -577,6 +614,53 @@ def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
                         f"{', '.join(broken)}.")
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def pictures_folder(args: argparse.Namespace) -> Path:
+    """Where the subject's pictures are: the folder that was given, or that into which a data set is written."""
+    if args.instance_data_dir is not None:
+        return Path(args.instance_data_dir)
+    source = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+    name = "dataset-" + hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+    return Path(args.cache_latents_dir or Path(args.output_dir, "cache"), name)
+
+
+def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str]]:
+    """The pictures of a data set as their files' bytes, with their captions, one at a time."""
+    import datasets  # seconds that only this flag costs
+
+    rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True,
+                                 cache_dir=args.cache_dir)
+    image, caption = args.image_column, args.caption_column
+    missing = [column for column in (image, caption) if column and column not in rows.column_names]
+    if missing:
+        raise ValueError(f"it has no column {missing[0]}; there are {', '.join(rows.column_names)}")
+    for row in rows.cast_column(image, datasets.Image(decode=False)):
+        yield row[image]["bytes"] or Path(row[image]["path"]).read_bytes(), row[caption] if caption else ""
+
+
+def fetch_dataset(args: argparse.Namespace) -> None:
+    """Write a data set's pictures, as they are, and captions into their folder. Raises UserError."""
+    folder, captions = pictures_folder(args), []
+    if args.instance_data_dir is not None or folder.is_dir():
+        return
+    try:
+        with written_beside(folder) as unfinished:
+            unfinished.mkdir()
+            for number_, (data, caption) in enumerate(dataset_rows(args)):
+                name = f"{number_:06d}.{Image.open(io.BytesIO(data)).format.lower()}"
+                (unfinished / name).write_bytes(data)
+                captions.append(json.dumps({"file_name": name, "text": caption}))
+            (unfinished / "metadata.jsonl").write_text("\n".join(captions), encoding="utf-8")
+    except TrainingError:  # the disk is full
+        raise
+    except Exception as error:  # its readers raise whatever they like
+        raise UserError(f"--dataset_name {args.dataset_name} cannot be read ({first_line(error)}).") from error
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8, with or without a byte order mark. Raises UserError naming the encoding and the cure."""
     data = path.read_bytes()
@@ -622,9 +706,48 @@ def read_captions(folder: Path, pictures: Sequence[Path]) -> dict[Path, str]:
     return {path: read_text(text).strip() for path, text in beside.items() if text.is_file()}
 
 
+def passed_over(folder: Path, recursive: bool) -> list[str]:
+    """Files beside the pictures that are neither pictures nor captions, such as .heic; hidden ones are not counted."""
+    known = {*PICTURE_SUFFIXES, ".txt", ".jsonl", ".csv"}
+    files = (path for path in folder.glob("**/*" if recursive else "*") if path.is_file())
+    return sorted(path.name for path in files if not path.name.startswith(".") and path.suffix.lower() not in known)
+
+
+def fingerprint(path: Path) -> tuple[int, float]:
+    """64 bits that alike pictures share nearly all of (is each pixel of 9 x 8 brighter than the next?), and how much
+    neighbouring pixels differ, which is little in a blurry one (grey levels at 256 pixels).
+    """
+    grey = load_picture(path).convert("L")
+    small = list(grey.resize((9, 8), Image.Resampling.BOX).get_flattened_data())
+    bits = sum((small[i] > small[i + 1]) << n for n, i in enumerate(i for i in range(72) if i % 9 < 8))
+    edges = grey.resize((256, 256)).filter(ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), 1, 128))
+    return bits, ImageStat.Stat(edges).stddev[0]
+
+
+def examine(args: argparse.Namespace, samples: Sequence[Sample], buckets: Sequence[Bucket]) -> list[str]:
+    """What is odd about the subject's pictures, one sentence each, with a cure."""
+    pictures = dict(list(zip((sample.path for sample in samples), buckets, strict=True))[:300])  # a few seconds
+    marks, told = {path: fingerprint(path) for path in pictures}, []
+    for path, (width, height) in pictures.items():
+        growth = max(width / picture_size(path)[0], height / picture_size(path)[1])
+        if growth > 1.5:
+            told.append(f"{path.name} is small and was enlarged {growth:.1f} times; a larger one would look sharper.")
+        elif marks[path][1] < 1.5:
+            told.append(f"{path.name} looks blurry; the subject will come out so.")
+    alike = [f"{one.name} and {other.name}" for one, other in itertools.combinations(pictures, 2)
+             if (marks[one][0] ^ marks[other][0]).bit_count() <= 3]
+    if alike:
+        told.append(f"{', '.join(alike[:5])} look alike; different poses and places teach more.")
+    strangers = passed_over(pictures_folder(args), args.recursive)
+    if strangers:
+        told.append(f"{', '.join(strangers[:5])}{' and more' if len(strangers) > 5 else ''} passed over, as only "
+                    f"{', '.join(sorted(PICTURE_SUFFIXES))} are read; convert what is a picture.")
+    return told
+
+
 def instance_samples(args: argparse.Namespace) -> list[Sample]:
     """The subject's pictures with their prompts, each as often as it repeats. Raises UserError."""
-    folder = Path(args.instance_data_dir)
+    folder = pictures_folder(args)
     pictures = list_pictures("--instance_data_dir", folder, args.recursive)
     captions = read_captions(folder, pictures)
     prompt = args.instance_prompt
@@ -876,11 +999,6 @@ PART_CLASSES = {
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
@@ -2424,7 +2542,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
     content = save(tensors)
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
     title, trigger = run.output.resolve().name, args.instance_prompt or ""
-    pictures = len(list_pictures("--instance_data_dir", args.instance_data_dir, args.recursive))
+    pictures = len(list_pictures("--instance_data_dir", pictures_folder(args), args.recursive))
     settings = {
         "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
         "network_dim": args.rank, "network_alpha": float(args.lora_alpha or args.rank), "network_args": "{}",
@@ -2976,13 +3094,14 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
     """Tell what is about to happen: what, how many, how long, where it goes."""
     args, prompts = run.args, list(dict.fromkeys(sample.prompt for sample in subject))
     more = f" and {len(prompts) - 1} other captions" if len(prompts) > 1 else ""
+    where = args.dataset_name or args.instance_data_dir
     shapes = ", ".join(f"{width}x{height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets)))
     precision = run.accelerator.mixed_precision.replace("no", "fp32")
     packed = "" if args.base_precision == "auto" else f", its linear layers in {args.base_precision},"
     passes = schedule.total_steps / schedule.steps_per_epoch
     of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
     say([
-        ("Subject", f'{len({s.path for s in subject})} pictures in {args.instance_data_dir}: "{prompts[0]}"{more}'),
+        ("Subject", f'{len({s.path for s in subject})} pictures in {where}: "{prompts[0]}"{more}'),
         ("Buckets", shapes if args.aspect_ratio_buckets else ""),
         ("Class", of_class if args.with_prior_preservation else ""),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"),
@@ -2991,6 +3110,8 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
                   f"{passes:.0f} passes; seed {run.seed}"),
         ("Output", args.output_dir),
     ])
+    for fault in examine(args, subject, buckets) if IS_FIRST_RANK else ():
+        logger.warning("warning: %s", fault)
 
 
 def say_estimate(run: Run, budget: float | None) -> None:
@@ -3021,9 +3142,18 @@ def main(args: argparse.Namespace) -> None:
             say_estimate(run, budget)
             return
         objective = make_objective(run.scheduler, args.snr_gamma, run.device)
+        with run.accelerator.local_main_process_first():
+            fetch_dataset(run.args)
+        check_subject(run.args)
+        subject = instance_samples(run.args)
+        buckets = bucket_of_each(run.args, subject)
+        say_plan(run, plan_steps(run.args, len(subject), run.accelerator.num_processes), subject, buckets)
+        if run.args.dry_run:
+            say_estimate(run, budget)
+            return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
         with alone_in(run.output), together(run):
-            teach(run, objective, repo, started)
+            teach(run, objective, repo, subject, buckets, started)
 
 
 @contextmanager
@@ -3040,13 +3170,11 @@ def together(run: Run) -> Iterator[None]:
                             "whole: start all with --resume_from_checkpoint latest.") from error
 
 
-def teach(run: Run, objective: Objective, repo: str, started: float) -> None:
+def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], buckets: Sequence[Bucket],
+          started: float) -> None:
     """The phases of a run: the table of contents."""
     args = run.args
-    subject = instance_samples(args)
-    buckets = bucket_of_each(args, subject)
     schedule = plan_steps(args, len(subject), run.accelerator.num_processes)
-    say_plan(run, schedule, subject, buckets)
     make_class_images(run)
     samples = subject + class_samples(args)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")

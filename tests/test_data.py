@@ -193,3 +193,72 @@ def test_rows_of_a_batch_share_a_bucket_and_have_their_own_time_ids(train, shape
             assert ids[:2] == [own[1], own[0]]
         seen.update(numbers)
     assert seen == set(range(6))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_a_data_set_is_read_through_datasets(train, folder, tmp_path, kind, capsys):
+    """A local one: parquet with the pictures inside, or a folder with metadata.csv."""
+    import datasets
+
+    source = tmp_path / "source"
+    if kind == "parquet":
+        source.mkdir()
+        rows = {"photo": [str(folder / name) for name in ("a.png", "b.jpg")], "words": ["red", "green"]}
+        table = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
+        table.to_parquet(source / "train.parquet")
+        flags = {"image_column": "photo", "caption_column": "words"}
+    else:
+        source = folder
+        (folder / "metadata.csv").write_text("file_name,text\na.png,red\nb.jpg,green\nmore/c.png,green\n")
+        flags = {"caption_column": "text"}
+    flags |= {"instance_data_dir": None, "dataset_name": source, "log_level": "info", "max_train_steps": 1}
+    output = train(**flags)
+    told = capsys.readouterr().out
+    samples = trainer.instance_samples(train.args(**flags))
+    assert f"pictures in {source}" in told and {"red", "green"} == {sample.prompt for sample in samples}
+    kept = trainer.pictures_folder(train.args(**flags))
+    assert kept.is_relative_to(output / "cache") and {path.suffix for path in kept.iterdir()} >= {".png", ".jpeg"}
+    first = next(sample.path for sample in samples if sample.prompt == "red")
+    assert first.read_bytes() == (folder / "a.png").read_bytes()
+    settings = trainer.yaml.safe_load((output / trainer.CONFIG_FILE).read_text())
+    assert settings["dataset_name"] == str(source) and "instance_data_dir" not in settings
+    with pytest.raises(trainer.UserError, match="has no column nothing; there are"):
+        train(**{**flags, "caption_column": "nothing"})
+    with pytest.raises(trainer.UserError, match="--dataset_name .*nowhere cannot be read"):
+        train(**{**flags, "dataset_name": tmp_path / "nowhere"})
+
+
+def test_pictures_come_from_one_place(train, folder):
+    with pytest.raises(trainer.UserError, match="exclude each other"):
+        train.args(dataset_name="x/y")
+    with pytest.raises(trainer.UserError, match="the pictures are missing"):
+        train.args(instance_data_dir=None)
+
+
+def test_what_is_odd_about_pictures_is_told_before_anything_heavy(train, tmp_path, capsys):
+    from PIL import ImageFilter
+
+    made = tmp_path / "odd"
+    made.mkdir()
+    noise = Image.effect_noise((300, 300), 80).convert("RGB")
+    noise.resize((60, 60)).resize((300, 300)).save(made / "fine.png")
+    Image.open(made / "fine.png").resize((290, 290)).save(made / "again.jpg", quality=80)
+    noise.rotate(90).resize((7, 7)).save(made / "small.png")
+    noise.rotate(180).filter(ImageFilter.GaussianBlur(40)).save(made / "blurry.png")
+    (made / "phone.heic").write_bytes(b"x")
+    train(instance_data_dir=made, dry_run=True, log_level="info")
+    told = capsys.readouterr().out
+    assert "small.png is small and was enlarged 2.3 times" in told
+    assert "blurry.png looks blurry" in told and told.count("blurry;") == 1
+    assert "again.jpg and fine.png look alike" in told
+    assert "phone.heic passed over" in told
+    assert "Steps" in told and "It fits in" in told
+    assert not Path(train.flags["output_dir"]).exists()
+
+
+def test_good_pictures_are_told_nothing_of(train, capsys):
+    from conftest import ROOT
+
+    for subject in ("sks_dog", "sks_mug"):
+        train(instance_data_dir=ROOT / "examples/toy_world/subjects" / subject, resolution=64, dry_run=True)
+    assert "warning" not in capsys.readouterr().out

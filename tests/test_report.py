@@ -69,7 +69,8 @@ def test_it_opens_in_a_browser(output, tmp_path, size):
     (tmp_path / "probed.html").write_text(probed)
     quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
     common = [browser, "--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr"]
-    common += [*(f"--disable-{part}" for part in quiet), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}"]
+    common += [f"--disable-{part}" for part in quiet]
+    common += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}"]
     address = f"file://{tmp_path / 'probed.html'}"
     told = subprocess.run([*common, "--dump-dom", address], capture_output=True, text=True)
     found = json.loads(re.search(r"<title>(\{.*?\})</title>", told.stdout)[1])
