@@ -204,6 +204,7 @@ def bucket_list(text: str) -> str:
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -312,7 +313,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--validation_resolution", type=number(int, 8, high=16384), help="default: --resolution")
     add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
-    add("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard")
+    add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard", help="all: those that are installed")
     add("--logging_dir", default="logs", help="of the tracker, inside --output_dir unless absolute")
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="debug lets libraries talk")
 
@@ -386,7 +387,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
     check_packages(args)
-    check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle)
+    check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
     check_output(args)
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
@@ -423,7 +424,7 @@ def check_packages(args: argparse.Namespace) -> None:
         needed["--base_precision nf4"] = "bitsandbytes"
     if args.dataset_name:
         needed["--dataset_name"] = "datasets"
-    if args.report_to != "none":
+    if args.report_to in TRACKERS:
         needed[f"--report_to {args.report_to}"] = args.report_to
     for flag, package in needed.items():
         if importlib.util.find_spec(package) is None:
@@ -442,7 +443,7 @@ def find_token() -> str | None:
     return get_token()
 
 
-def check_base_folder(name: str, allow_pickle: bool) -> None:
+def check_base_folder(name: str, allow_pickle: bool, needs_weights: bool) -> None:
     """A base model that is a path must be a diffusers folder of SDXL."""
     path = Path(name)
     if path.is_file():
@@ -456,7 +457,7 @@ def check_base_folder(name: str, allow_pickle: bool) -> None:
             raise UserError(f"--pretrained_model_name_or_path {name} is not a diffusers folder: it has no readable "
                             "model_index.json.") from error
         check_is_sdxl(name, index)
-        for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2") if needs_weights else ():
             check_part("--pretrained_model_name_or_path", path / part, allow_pickle)
 
 
@@ -2144,12 +2145,23 @@ def show_pictures(run: Run, step: int, prompts: list[str], pictures: list[tuple[
     for index, image in pictures:
         save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png")
     save_picture(contact_sheet(run.output, prompts, run.args.num_validation_images), run.output / "progress.png")
-    arrays = [np.asarray(image) for _, image in pictures]
     for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
-        else:
-            tracker.log_images({"validation": arrays}, step=step)
+        track_pictures(tracker, [np.asarray(image) for _, image in pictures], step)
+
+
+def track_pictures(tracker: Any, arrays: list[np.ndarray], step: int) -> None:
+    """Give pictures to a tracker, with their step, in its own way."""
+    if tracker.name == "tensorboard":
+        tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        tracker.log_images({"validation": arrays}, step=step)
+    elif tracker.name == "comet_ml":
+        for index, array in enumerate(arrays):
+            tracker.tracker.log_image(array, name=f"validation/{index:02d}", step=step)
+    else:
+        import trackio
+
+        tracker.tracker.log({f"validation/{i:02d}": trackio.Image(array) for i, array in enumerate(arrays)}, step=step)
 
 
 def validation_folder(output: Path, step: int) -> Path:
@@ -3036,7 +3048,7 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
+            log_with=trackers_of(args), project_config=project,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))])
     except ValueError as error:
         cure = "; use --mixed_precision bf16 or no" if "precision" in str(error) else ""
@@ -3062,6 +3074,13 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     other = args.pretrained_vae_model_name_or_path  # the base model's revision and variant do not apply to it
     vae = Source(other, None, None, args.cache_dir, False, args.allow_pickle) if other else base
     return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae))
+
+
+def trackers_of(args: argparse.Namespace) -> list[str]:
+    """The trackers that are asked for, or all that are installed."""
+    if args.report_to == "all":
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    return [name for name in TRACKERS if name == args.report_to]
 
 
 def check_fp8(device: torch.device) -> None:
@@ -3221,7 +3240,8 @@ def open_output(run: Run) -> None:
     if run.accelerator.is_main_process:
         (run.output if args.report_to == "none" else logging_dir).mkdir(parents=True, exist_ok=True)
         write_config(args, run.seed)
-    settings = public_settings(args, run.seed)
+    settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
+                for key, value in public_settings(args, run.seed).items()}
     run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
 
 

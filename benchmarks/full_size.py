@@ -83,7 +83,8 @@ def start_run(base: Path, folder: Path, flags: list[str], resolution: int) -> tr
         "mixed_precision": "bf16",
         "report_to": "none",
     }
-    return trainer.start(trainer.parse_args([*(f"--{key}={value}" for key, value in common.items()), *flags]))
+    words = ["--estimate_memory", *(f"--{key}={value}" for key, value in common.items())]  # which needs no weights
+    return trainer.start(trainer.parse_args([*words, *flags]))
 
 
 def random_weights(

@@ -15,7 +15,7 @@ SHORT = {
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",
     "startup.py": "--turns 1",
-    "torture.py": "--kills 8",
+    "torture.py": "--kills 4",
     "speed.py": f"--base {TOY} --resolution 64 --turns 1 --steps 1 --flags=--gradient_checkpointing",
 }
 

@@ -2,7 +2,6 @@
 
 import shutil
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -46,10 +45,9 @@ def test_the_flag_compiles_with_inductor(train, tmp_path):
     assert all(torch.isfinite(tensor).all() and tensor.abs().max() > 0 for tensor in lora(compiled).values())
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_a_packed_base_compiles_too(train, tmp_path, monkeypatch, precision):
+def test_a_packed_base_compiles_too(train, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
-    flags = {**FLAGS, "base_precision": precision, "max_train_steps": 2, "gradient_checkpointing": True}
+    flags = {**FLAGS, "base_precision": "nf4", "max_train_steps": 2, "gradient_checkpointing": True}
     compiled = train(**flags, output_dir=tmp_path / "compiled")
     monkeypatch.undo()
     assert worst_difference(lora(compiled), lora(train(**flags, output_dir=tmp_path / "plain"))) < 1e-4

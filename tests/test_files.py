@@ -152,3 +152,37 @@ def test_trap_28_wandb_gets_them_too(train):
     assert len(list(output.rglob("media/images/*.png"))) == 2
     assert not any(b"hf_marked" in path.read_bytes() for path in output.rglob("*") if path.is_file())
     assert not (train.folder / "wandb").exists()
+
+
+def test_trap_28_comet_gets_them_offline(train, tmp_path):
+    """Its own archive of an offline run is read back."""
+    import zipfile
+
+    env = {"COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path / "comet")}
+    told = train.shell(
+        report_to="comet_ml", max_train_steps=10, validation_prompt="a dog", num_validation_images=1, env=env
+    )
+    assert told.returncode == 0, told.stderr
+    (archive,) = (tmp_path / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as file:
+        messages = [json.loads(line) for line in file.read("messages.json").splitlines()]
+        pictures = set(file.namelist()) - {"messages.json", "experiment.json"}
+    metrics = {entry["payload"]["metric"]["metricName"] for entry in messages if "metric" in entry["payload"]}
+    assert {"loss", "grad_norm", "lr/unet", "samples_per_second", "peak_memory_gb"} <= metrics
+    assert len(pictures) >= 2, archive
+
+
+def test_trap_28_trackio_gets_them(train, tmp_path):
+    """Its database on this disk is read back."""
+    import sqlite3
+
+    env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    told = train.shell(
+        report_to="trackio", max_train_steps=10, validation_prompt="a dog", num_validation_images=1, env=env
+    )
+    assert told.returncode == 0, told.stderr
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    rows = sqlite3.connect(database).execute("select step, metrics from metrics order by step").fetchall()
+    logged = {(step, name) for step, text in rows for name in json.loads(text)}
+    assert {(10, "loss"), (10, "lr/unet"), (0, "validation/00"), (10, "validation/00")} <= logged, logged
+    assert len(list((tmp_path / "trackio").rglob("*.png"))) == 2

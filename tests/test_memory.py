@@ -234,6 +234,7 @@ def test_the_estimate_of_the_full_size_model(train, tmp_path):
         run = trainer.start(
             train.args(
                 pretrained_model_name_or_path=base,
+                estimate_memory=True,
                 mixed_precision="bf16",
                 resolution=1024,
                 train_batch_size=1,
