@@ -204,7 +204,7 @@ def bucket_list(text: str) -> str:
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -234,6 +234,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with its own crop and flip")
     add("--resolution", type=number(int, 8, high=16384), default=1024,
         help="side of the square that is trained on; a multiple of 8")
+    add("--masked_loss", action=YES_NO, default=False, help="learn the subject, not its surroundings: what is opaque")
+    add("--mask_dir", metavar="DIR", help="masks by the pictures' names, white where the subject is; else their alpha")
+    add("--background_loss_weight", type=number(float, 0, strict=True, high=1), default=0.1, help="of the rest")
     add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
         help="keep the pictures' shapes: SDXL's own for the resolution, or 1024x1024,832x1216 (width x height)")
     add("--max_upscale", type=POSITIVE, default=2.0, help="with buckets: a smaller picture gets a smaller bucket")
@@ -406,6 +409,11 @@ def check_subject(args: argparse.Namespace) -> None:
         raise UserError(f"--instance_data_dir {folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
     check_pictures("--instance_data_dir", pictures)
     instance_samples(args)
+    if args.mask_dir and not args.masked_loss:
+        logger.warning("warning: --mask_dir does nothing without --masked_loss.")
+    if args.masked_loss and not any(load_mask(path, args.mask_dir) for path in pictures):
+        raise UserError(f"--masked_loss finds no mask: no picture of {args.mask_dir or folder} "
+                        f"{'has the name of a picture' if args.mask_dir else 'is transparent anywhere'}.")
 
 
 def check_prior_flags(args: argparse.Namespace) -> None:
@@ -593,6 +601,27 @@ def load_picture(path: str | Path) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def load_mask(path: Path, mask_dir: str | None) -> Image.Image | None:
+    """Where the subject of a picture is, in grey: of the mask that has its name, or else its own alpha.
+
+    Raises UserError if the mask is missing its folder, broken, or of another shape.
+    """
+    if mask_dir is None:
+        with Image.open(path) as image:
+            picture = ImageOps.exif_transpose(image)
+        has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+        return picture.convert("RGBA").getchannel("A") if has_alpha else None
+    found = next((other for other in list_pictures("--mask_dir", mask_dir) if other.stem == path.stem), None)
+    if found is None:
+        return None
+    check_pictures("--mask_dir", [found])
+    mask, size = load_picture(found).convert("L"), load_picture(path).size
+    if abs(mask.width * size[1] - mask.height * size[0]) > max(size) + max(mask.size):
+        raise UserError(f"--mask_dir: {found.name} is {mask.width}x{mask.height}, which is another shape than its "
+                        f"picture's {size[0]}x{size[1]}.")
+    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
@@ -1673,13 +1702,22 @@ class Batch(NamedTuple):
     weight: Tensor  # (B,)
     instance_rows: int
     names: tuple[str, ...] = ()  # of its pictures, with their prompts
+    mask: Tensor | float = 1.0  # (B, 1, h, w): what a place in the picture counts, 1 on average
+
+
+class Moments(NamedTuple):
+    """What is cached of views."""
+
+    mean: Tensor  # (B, 4, h, w), scaled
+    std: Tensor
+    mask: Tensor | float  # (B, 1, h, w), as in Batch
 
 
 @dataclass(frozen=True)
 class Shelf:
     """What is cached of one bucket."""
 
-    moments: Callable[[list[int]], tuple[Tensor, Tensor]]  # of views by number: mean and std, each (B, 4, h, w)
+    moments: Callable[[list[int]], Moments]  # of views by number
     add_time_ids: Tensor  # (V, 6)
     views: dict[int, list[int]]  # of each sample that is seen in this bucket
 
@@ -1709,8 +1747,9 @@ class Cache:
                    < self.caption_dropout for i in range(len(rows))]
         empty = table.prompts.index("")
         text = table.at([empty if drop else self.prompts[row] for row, drop in zip(rows, dropped, strict=True)])
-        names = tuple(self.names[row] for row in rows)
-        return Batch(*shelf.moments(seen), text, shelf.add_time_ids[seen], self.weight[rows], order.batch_size, names)
+        names, moments = tuple(self.names[row] for row in rows), shelf.moments(seen)
+        return Batch(moments.mean, moments.std, text, shelf.add_time_ids[seen], self.weight[rows], order.batch_size,
+                     names, moments.mask)
 
 
 def cut_view(picture: Image.Image, view: View, bucket: Bucket) -> np.ndarray:
@@ -1744,7 +1783,14 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     return (mean - shift) * factor, std * factor
 
 
-def views_of(run: Run, number_: int, sample: Sample, bucket: Bucket) -> tuple[tuple[int, int], dict[View, np.ndarray]]:
+class Cut(NamedTuple):
+    """A view as it is cut out of its picture."""
+
+    pixels: np.ndarray  # (height, width, 3) bytes
+    mask: np.ndarray | None  # (height, width) bytes, a byte a latent
+
+
+def views_of(run: Run, number_: int, sample: Sample, bucket: Bucket) -> tuple[tuple[int, int], dict[View, Cut]]:
     """A sample's original width and height, and its distinct views in a bucket."""
     args = run.args
     picture = load_picture(sample.path)
@@ -1752,7 +1798,20 @@ def views_of(run: Run, number_: int, sample: Sample, bucket: Bucket) -> tuple[tu
     seeds = [position_seed(run.seed, "views", number_, variant) for variant in range(args.cache_variants)]
     views = [choose_view(small.size, bucket, args.center_crop, args.random_flip, random.Random(seed))
              for seed in seeds]
-    return picture.size, {view: cut_view(small, view, bucket) for view in dict.fromkeys(views)}
+    mask = None
+    if args.masked_loss:
+        own = None if sample.is_class else load_mask(sample.path, args.mask_dir)
+        mask = (own or Image.new("L", picture.size, 255)).resize(small.size, Image.Resampling.BILINEAR)
+    return picture.size, {view: Cut(cut_view(small, view, bucket), cut_mask(mask, view, bucket, run.vae_factor))
+                          for view in dict.fromkeys(views)}
+
+
+def cut_mask(mask: Image.Image | None, view: View, bucket: Bucket, factor: int) -> np.ndarray | None:
+    """The mask of a view, a byte a latent."""
+    if mask is None:
+        return None
+    cut = Image.fromarray(cut_view(mask, view, bucket))
+    return np.array(cut.resize((bucket[0] // factor, bucket[1] // factor), Image.Resampling.BOX))
 
 
 class Look(NamedTuple):
@@ -1778,11 +1837,12 @@ def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -
     for (number_, bucket), (size, views) in zip(share, viewed, strict=True):
         seen = looks[number_, bucket] = []
         for view, cut in views.items():
-            pixels = content_key(bucket, cut.tobytes())
+            extra = {} if cut.mask is None else {"mask": torch.from_numpy(cut.mask)[None].float() / 255}
+            pixels = content_key(bucket, cut.pixels.tobytes(), b"" if cut.mask is None else cut.mask.tobytes())
             key = content_key(*made_by, pixels)
             if not run.store.has(key):
-                mean, std = encode_image(vae(), to_pixels(cut), str(samples[number_].path))
-                run.store.put(key, mean=mean, std=std)
+                mean, std = encode_image(vae(), to_pixels(cut.pixels), str(samples[number_].path))
+                run.store.put(key, mean=mean, std=std, **extra)
             seen.append(Look(key, pixels, (size[1], size[0], view.top, view.left, bucket[1], bucket[0])))
         bar.update()
     bar.close()
@@ -1818,21 +1878,32 @@ def make_shelf(run: Run, looks: dict[int, list[Look]]) -> Shelf:
     """A bucket's shelf of the looks of its samples."""
     numbers = {look: i for i, look in enumerate(dict.fromkeys(look for seen in looks.values() for look in seen))}
     ids = torch.tensor([look.add_time_ids for look in numbers], device=run.device, dtype=torch.float32)
-    return Shelf(make_moments(run.store, [look.key for look in numbers], run.device), ids,
+    background = run.args.background_loss_weight if run.args.masked_loss else None
+    return Shelf(make_moments(run.store, [look.key for look in numbers], run.device, background), ids,
                  {sample: [numbers[look] for look in seen] for sample, seen in looks.items()})
 
 
-def make_moments(store: Store, keys: list[str], device: torch.device) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
-    """A function from numbers of views to their moments: a small set stays on the device, a large one on the disk."""
+def make_moments(store: Store, keys: list[str], device: torch.device,
+                 background: float | None = None) -> Callable[[list[int]], Moments]:
+    """A function from numbers of views to their moments: a small set stays on the device, a large one on the disk.
 
-    def read(numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+    With the weight of the background, masks come along.
+    """
+
+    def read(numbers: Iterable[int]) -> Moments:
         found = [store.get(keys[i], device) for i in numbers]
-        return torch.stack([entry["mean"] for entry in found]), torch.stack([entry["std"] for entry in found])
+        mean, std = (torch.stack([entry[name] for entry in found]) for name in ("mean", "std"))
+        if background is None:
+            return Moments(mean, std, 1.0)
+        mask = background + (1 - background) * torch.stack([entry["mask"] for entry in found])
+        return Moments(mean, std, mask / mask.mean(dim=(1, 2, 3), keepdim=True))
 
     if len(keys) * store.path(keys[0]).stat().st_size > RESIDENT_BYTES:
         return read
-    mean, std = read(range(len(keys)))
-    return lambda numbers: (mean[numbers], std[numbers])
+    mean, std, mask = read(range(len(keys)))
+    if background is None:
+        return lambda numbers: Moments(mean[numbers], std[numbers], 1.0)
+    return lambda numbers: Moments(mean[numbers], std[numbers], mask[numbers])
 
 
 def ahead(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> Iterator[Any]:
@@ -1893,7 +1964,7 @@ def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Tens
     timesteps = torch.randint(len(objective.a), (len(latents),), device=latents.device)
     a, b, c, d = (column[timesteps].view(-1, 1, 1, 1) for column in objective[:4])
     prediction = model(a * latents + b * noise, objective.t_cond[timesteps], batch.text, batch.add_time_ids)
-    row_loss = (prediction.float() - (c * latents + d * noise)).square().flatten(1).mean(1)
+    row_loss = ((prediction.float() - (c * latents + d * noise)).square() * batch.mask).flatten(1).mean(1)
     return (batch.weight * objective.weight[timesteps] * row_loss).sum() / batch.instance_rows
 
 
@@ -1944,9 +2015,9 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
 
 KEPT_SETTINGS = (
     "rank", "lora_alpha", "caption_dropout", "lora_dropout", "train_text_encoder", "base_precision", "resolution",
-    "train_batch_size", "snr_gamma", "max_grad_norm", "learning_rate", "text_encoder_lr", "scale_lr",
-    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
+    "train_batch_size", "snr_gamma", "background_loss_weight", "max_grad_norm", "learning_rate", "text_encoder_lr",
+    "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
 """Flags that make the run what it is. Others, such as --max_train_steps, validation, logging and where things are, may
 change between start and resume.
 """
@@ -2155,13 +2226,9 @@ def track_pictures(tracker: Any, arrays: list[np.ndarray], step: int) -> None:
         tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
     elif tracker.name == "wandb":
         tracker.log_images({"validation": arrays}, step=step)
-    elif tracker.name == "comet_ml":
+    else:
         for index, array in enumerate(arrays):
             tracker.tracker.log_image(array, name=f"validation/{index:02d}", step=step)
-    else:
-        import trackio
-
-        tracker.tracker.log({f"validation/{i:02d}": trackio.Image(array) for i, array in enumerate(arrays)}, step=step)
 
 
 def validation_folder(output: Path, step: int) -> Path:

@@ -262,3 +262,98 @@ def test_good_pictures_are_told_nothing_of(train, capsys):
     for subject in ("sks_dog", "sks_mug"):
         train(instance_data_dir=ROOT / "examples/toy_world/subjects" / subject, resolution=64, dry_run=True)
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def masked(tmp_path) -> Path:
+    """A picture whose left half is opaque, one without alpha, and a folder of masks for both."""
+    made, masks = tmp_path / "masked", tmp_path / "masks"
+    made.mkdir()
+    masks.mkdir()
+    noise = Image.effect_noise((32, 32), 90).convert("RGB")
+    half = Image.new("L", (32, 32), 0)
+    half.paste(255, (0, 0, 16, 32))
+    cut = noise.copy()
+    cut.putalpha(half)
+    cut.save(made / "cut.png")
+    noise.rotate(90).save(made / "whole.png")
+    half.rotate(90).resize((64, 64)).save(masks / "whole.png")
+    return made
+
+
+def batch_of(train, **flags):
+    run = trainer.start(train.args(center_crop=True, **flags))
+    samples = trainer.instance_samples(run.args)
+    table = trainer.build_text(run, [sample.prompt for sample in samples], False, torch.float32)
+    cache = trainer.build_cache(run, samples, [(16, 16)] * len(samples), table)
+    order = trainer.Order([range(len(samples))], (), len(samples), 0)
+    batch = cache.batch(table, order, 0)
+    return run, batch, {name.split("/")[-1].split(" ")[0]: i for i, name in enumerate(batch.names)}
+
+
+def test_masks_count_the_subject_and_little_else(train, masked, tmp_path):
+    flags = {"instance_data_dir": masked, "masked_loss": True, "background_loss_weight": 0.25}
+    _, batch, at = batch_of(train, **flags)
+    assert batch.mask.shape == (2, 1, 8, 8)
+    torch.testing.assert_close(batch.mask.mean(dim=(1, 2, 3)), torch.ones(2))
+    rows = batch.mask[at["cut.png"], 0]
+    torch.testing.assert_close(rows[:, :3] / rows[:, 5:], torch.full((8, 3), 4.0))  # 1 against a quarter
+    assert (batch.mask[at["whole.png"]] == 1).all()  # no mask: all of it is the subject
+    _, batch, at = batch_of(train, **flags, mask_dir=tmp_path / "masks", output_dir=tmp_path / "b")
+    rows = batch.mask[at["whole.png"], 0]
+    torch.testing.assert_close(rows[5:] / rows[:3], torch.full((3, 8), 4.0))  # the left half was turned to the bottom
+
+
+def test_the_masked_loss_is_the_weighted_mean(train, masked):
+    """Against the sum over places written out, with min-SNR and a class row beside."""
+    run, batch, _ = batch_of(train, instance_data_dir=masked, masked_loss=True)
+    objective = trainer.make_objective(run.scheduler, 5.0)
+    batch = batch._replace(weight=torch.tensor([1.0, 0.3]), instance_rows=1)
+    answer = torch.randn(2, 4, 8, 8)
+    seen = {}
+
+    def model(model_input, timesteps, text, ids):
+        seen["t"] = timesteps
+        return answer
+
+    torch.manual_seed(3)
+    loss = trainer.diffusion_loss(model, objective, batch)
+    torch.manual_seed(3)
+    torch.randn_like(batch.mean)
+    noise = torch.randn_like(batch.mean)
+    error = ((answer - noise) ** 2).mean(dim=1)
+    means = [(error[i] * batch.mask[i, 0]).sum() / batch.mask[i, 0].sum() for i in range(2)]
+    expected = means[0] * objective.weight[seen["t"][0]] + 0.3 * means[1] * objective.weight[seen["t"][1]]
+    torch.testing.assert_close(loss, expected)
+
+
+def test_masks_with_buckets_flips_and_prior_resume_exactly(train, masked, tmp_path):
+    from safetensors.torch import load_file
+
+    flags = {
+        "instance_data_dir": masked,
+        "masked_loss": True,
+        "random_flip": True,
+        "aspect_ratio_buckets": "auto",
+        "resolution": 32,
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "class_data_dir": tmp_path / "classes",
+        "num_class_images": 2,
+    }
+    whole = train(**flags, max_train_steps=4, checkpointing_steps=2, output_dir=tmp_path / "whole")
+    again = train(**flags, max_train_steps=4, output_dir=tmp_path / "b", resume_from_checkpoint=whole / "checkpoint-2")
+    plain = train(**{**flags, "masked_loss": False}, max_train_steps=4, output_dir=tmp_path / "plain")
+    first, second, third = (load_file(folder / trainer.LORA_FILE) for folder in (whole, again, plain))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], third[key]) for key in first)
+
+
+def test_masks_that_are_not_there_or_do_not_fit_are_refused(train, folder, masked, tmp_path):
+    with pytest.raises(trainer.UserError, match="--masked_loss finds no mask: .*transparent"):
+        train.args(instance_data_dir=folder, masked_loss=True)
+    with pytest.raises(trainer.UserError, match="--mask_dir .*no such folder"):
+        train.args(instance_data_dir=folder, masked_loss=True, mask_dir=tmp_path / "x")
+    Image.new("L", (10, 99)).save(tmp_path / "masks" / "whole.png")
+    with pytest.raises(trainer.UserError, match="whole.png is 10x99, which is another shape"):
+        train.args(instance_data_dir=masked, masked_loss=True, mask_dir=tmp_path / "masks")

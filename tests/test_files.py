@@ -170,19 +170,3 @@ def test_trap_28_comet_gets_them_offline(train, tmp_path):
     metrics = {entry["payload"]["metric"]["metricName"] for entry in messages if "metric" in entry["payload"]}
     assert {"loss", "grad_norm", "lr/unet", "samples_per_second", "peak_memory_gb"} <= metrics
     assert len(pictures) >= 2, archive
-
-
-def test_trap_28_trackio_gets_them(train, tmp_path):
-    """Its database on this disk is read back."""
-    import sqlite3
-
-    env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
-    told = train.shell(
-        report_to="trackio", max_train_steps=10, validation_prompt="a dog", num_validation_images=1, env=env
-    )
-    assert told.returncode == 0, told.stderr
-    (database,) = (tmp_path / "trackio").glob("*.db")
-    rows = sqlite3.connect(database).execute("select step, metrics from metrics order by step").fetchall()
-    logged = {(step, name) for step, text in rows for name in json.loads(text)}
-    assert {(10, "loss"), (10, "lr/unet"), (0, "validation/00"), (10, "validation/00")} <= logged, logged
-    assert len(list((tmp_path / "trackio").rglob("*.png"))) == 2
