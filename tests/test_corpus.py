@@ -80,6 +80,7 @@ ZERO_IS_FINE = {
     "lr_warmup_steps",
     "prior_loss_weight",
     "lora_dropout",
+    "caption_dropout",
     "adam_beta1",
     "adam_beta2",
     "adam_weight_decay",

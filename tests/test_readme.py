@@ -135,3 +135,13 @@ def test_inference_snippets(number, train, tiny, tmp_path, monkeypatch):
         code = code.replace(name, str(tiny))
     exec(code.replace("cuda", "cpu").replace("torch.float16", "torch.float32"), {})
     assert Image.open(tmp_path / "dog.png").size == (16, 16)
+
+
+def test_the_chinese_page_has_the_same_headings_tables_and_commands():
+    other = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    assert re.findall(r"```(\w+)\n(.*?)```", other, flags=re.S) == BLOCKS
+    text, theirs = (re.sub(r"```.*?```", "", page, flags=re.S) for page in (README, other))
+    for pattern in (r"^(#+) ", r"^(\|)", r"(-?\d[\d,.]* ?(?:%|GB|MB))"):
+        assert re.findall(pattern, theirs, flags=re.M) == re.findall(pattern, text, flags=re.M), pattern
+    flags = [set(re.findall(r"`(--\w+)", page)) for page in (text, theirs)]
+    assert flags[0] == flags[1]

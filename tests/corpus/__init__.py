@@ -163,6 +163,55 @@ NAMES = [
 ]
 
 
+def beside(name: str, content: bytes | str, **flags: object) -> Callable[[Path, Stock], dict]:
+    """A folder with a good picture and a text file."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        (folder / "good.png").write_bytes(encoded())
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return {"instance_data_dir": folder, **flags}
+
+    return make
+
+
+def line(**entry: object) -> str:
+    """A line of metadata.jsonl."""
+    return json.dumps(entry) + "\n"
+
+
+GOOD = line(file_name="good.png", text="a dog")
+JSONL, CSV = "metadata.jsonl", "metadata.csv"
+CAPTIONS = [
+    Case("an empty caption", beside("good.txt", ""), FINE),
+    Case("an empty caption and no prompt", beside("good.txt", " \n", instance_prompt=None), "--instance_prompt is needed"),
+    Case("a caption alone", beside("good.txt", "a dog", instance_prompt=None), FINE),
+    Case("a byte order mark", beside("good.txt", b"\xef\xbb\xbfa dog", instance_prompt=None), FINE),
+    Case("cp1252", beside("good.txt", "café".encode("cp1252")), r"good\.txt is not in UTF-8 but looks like CP1252"),
+    Case("UTF-16", beside("good.txt", "a dog".encode("utf-16")), r"good\.txt is not in UTF-8 but looks like UTF-16"),
+    Case("a caption of another picture", beside("other.txt", "a dog"), FINE),
+    Case("metadata", beside(JSONL, GOOD, instance_prompt=None), FINE),
+    Case("metadata without a line", beside(JSONL, ""), FINE),
+    Case("metadata with empty lines", beside(JSONL, f"\n{GOOD}\n\n"), FINE),
+    Case("metadata with a byte order mark", beside(JSONL, "\ufeff" + GOOD), FINE),
+    Case("metadata in UTF-16", beside(JSONL, GOOD.encode("utf-16")), "looks like UTF-16"),
+    Case("a broken line", beside(JSONL, GOOD + '{"file_name": '), r"metadata\.jsonl: line 2: no file_name and text"),
+    Case("a line that is a list", beside(JSONL, "[1]"), "line 1: no file_name and text"),
+    Case("a line that is a number", beside(JSONL, "7"), "line 1: no file_name and text"),
+    Case("other keys", beside(JSONL, line(image="good.png", caption="a dog")), "line 1: no file_name and text"),
+    Case("a text that is a number", beside(JSONL, line(file_name="good.png", text=7)), "good.png has no text"),
+    Case("a name that is a number", beside(JSONL, line(file_name=7, text="a dog")), "line 1: no file_name and text"),
+    Case("a picture that is missing", beside(JSONL, line(file_name="x.png", text="a")), "line 1: x.png is not there"),
+    Case("a picture named twice", beside(JSONL, GOOD + GOOD), "line 2: good.png is named twice"),
+    Case("a path that leads outside", beside(JSONL, line(file_name="../../etc/passwd", text="a")), "outside of the folder"),
+    Case("an absolute path", beside(JSONL, line(file_name="/etc/passwd", text="a")), "outside of the folder"),
+    Case("several faults at once", beside(JSONL, "7\n" + line(file_name="x.png", text="a")), "line 1: .*; line 2: x.png"),
+    Case("a table", beside(CSV, 'file_name,text\ngood.png,"a, dog"\n', instance_prompt=None), FINE),
+    Case("a table without its header", beside(CSV, "good.png,a dog\nx.png,a dog\n"), "line 2: no file_name and text"),
+    Case("a table with a row too short", beside(CSV, "file_name,text\ngood.png\n"), "line 2: good.png has no text"),
+    Case("metadata of zero bytes", beside(CSV, b"\x00\x00"), FINE),
+]
+
+
 def base(change: Callable[[Path], None]) -> Callable[[Path, Stock], dict]:
     """A copy of the model, changed."""
 
@@ -286,6 +335,15 @@ def flags(**given: object) -> Callable[[Path, Stock], dict]:
 
 
 FLAGS = [
+    Case("buckets of nobody", flags(aspect_ratio_buckets="big"), "'big' is neither auto nor sizes"),
+    Case("buckets between eights", flags(aspect_ratio_buckets="1024x1020"), "each side a multiple of 8"),
+    Case("a validation size between eights", flags(validation_resolution=20), "--validation_resolution 20 is not"),
+    Case("no file of prompts", flags(validation_prompts="nowhere.txt"), "--validation_prompts nowhere.txt: no such file"),
+    Case("no folder of masks", flags(masked_loss=True, mask_dir="nowhere"), "--mask_dir nowhere: no such folder"),
+    Case("masks without any", flags(masked_loss=True), "--masked_loss finds no mask"),
+    Case("a data set and a folder", flags(dataset_name="a/b"), "exclude each other"),
+    Case("a tracker of nobody", flags(report_to="nobody"), "--report_to: invalid choice"),
+    Case("a type of nobody", flags(lora_dtype="fp8"), "--lora_dtype: invalid choice"),
     Case("a resolution between eights", flags(resolution=20), "--resolution 20 is not a multiple of 8; 24 is"),
     Case("prior preservation without a prompt", flags(with_prior_preservation=True, class_data_dir="x"), "--class_prompt"),
     Case("prior preservation without a folder", flags(with_prior_preservation=True, class_prompt="x"), "--class_data_dir"),
@@ -306,6 +364,7 @@ CASES = {
     for group, cases in {
         "picture": PICTURES,
         "name": NAMES,
+        "caption": CAPTIONS,
         "base": BASES,
         "checkpoint": CHECKPOINTS,
         "config": CONFIGS,
