@@ -2091,6 +2091,17 @@ def resume(name: str | None, output: Path, state: TrainingState) -> int:
     return 0
 
 
+def check_alike(step: int, digest: str) -> None:
+    """All ranks begin at one step with the same data; machines with disks of their own may not. Raises UserError."""
+    seen = gather_object([(step, digest)])
+    if len({step for step, _ in seen}) > 1:
+        raise UserError(f"--resume_from_checkpoint: the processes would go on from steps {[s for s, _ in seen]}; "
+                        "share --output_dir between the machines, or copy the checkpoint to each.")
+    if len({digest for _, digest in seen}) > 1:
+        raise UserError("the processes see different pictures or prompts; share the folders between the machines, "
+                        "--class_data_dir too, or copy them to each.")
+
+
 def save_checkpoint(run: Run, state: TrainingState, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove the oldest beyond --checkpoints_total_limit."""
     saved, output, keep = state.state_dict(step), run.output, run.args.checkpoints_total_limit
@@ -2513,6 +2524,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
     state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, settings_of(run, digest))
     step = resume(args.resume_from_checkpoint, run.output, state)
+    check_alike(step, digest)
     save = functools.partial(save_checkpoint, run, state)
     save = save if accelerator.is_main_process else lambda step: None
     adapters = list(model.adapters().values())
@@ -2536,9 +2548,10 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             lr_scheduler.step()
             optimizer.zero_grad()
             step, wishes = step + 1, run.stop.wishes(accelerator)
-            if due(step, LOG_STEPS, last) or wishes.stop or wishes.save or due(step, args.checkpointing_steps):
+            saving = due(step, args.checkpointing_steps) or wishes.save or (wishes.stop and step < last)
+            if saving or due(step, LOG_STEPS, last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
-            if due(step, args.checkpointing_steps) or wishes.save or (wishes.stop and step < last):
+            if saving:
                 save(step)
             if due(step, validation_steps, last):
                 validate(step)

@@ -167,6 +167,15 @@ def test_a_launcher_that_accelerate_does_not_follow_is_noticed(train, free_port)
     assert told.returncode == 1 and "error: the launcher started 2 processes" in told.stderr  # 1 is the launcher's own
 
 
+def test_machines_that_do_not_see_the_same_are_noticed(monkeypatch):
+    monkeypatch.setattr(trainer, "gather_object", lambda mine: [*mine, (10, "a")])
+    trainer.check_alike(10, "a")
+    with pytest.raises(trainer.UserError, match=r"from steps \[0, 10\]; share --output_dir"):
+        trainer.check_alike(0, "a")
+    with pytest.raises(trainer.UserError, match="see different pictures"):
+        trainer.check_alike(10, "b")
+
+
 HOSTS = """
 set -e
 mount -t tmpfs tmpfs /run
