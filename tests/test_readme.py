@@ -125,10 +125,11 @@ def test_the_other_commands_are_the_ones_that_ci_and_the_requirements_know():
         assert words[:1] != ["python"] or (ROOT / words[1]).exists(), words
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_inference_snippets(number, train, tiny, tmp_path, monkeypatch):
     """The code as it stands, on the tiniest model: names and devices replaced, nothing else."""
     train(output_dir=tmp_path / "lora-trained-xl")
+    train(output_dir=tmp_path / "lora-sks-mug", seed=2)
     monkeypatch.chdir(tmp_path)
     code = [text for language, text in BLOCKS if language == "python"][number]
     for name in ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"):
