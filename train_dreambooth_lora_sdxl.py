@@ -143,8 +143,8 @@ def printable(text: str) -> str:
 
 
 def leave(signum: int, frame: object) -> NoReturn:
-    """A signal's handler while nothing is at stake: end without a traceback."""
-    sys.exit(128 + signum)
+    """A signal's handler before and after everything: end at once, as nothing is at stake."""
+    os._exit(128 + signum)  # an exception would be told of as one, and may fall into the interpreter's own clean-up
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -1791,7 +1791,7 @@ class Cut(NamedTuple):
 
 
 def views_of(run: Run, number_: int, sample: Sample, bucket: Bucket) -> tuple[tuple[int, int], dict[View, Cut]]:
-    """A sample's original width and height, and its distinct views in a bucket."""
+    """A sample's original width and height, and its distinct views for a bucket."""
     args = run.args
     picture = load_picture(sample.path)
     small = picture.resize(resized(picture.size, bucket), Image.Resampling[args.image_interpolation_mode.upper()])
@@ -1823,7 +1823,7 @@ class Look(NamedTuple):
 
 
 Place = tuple[int, Bucket]
-"""A sample by number, in a bucket."""
+"""A sample by number, and the bucket it goes to."""
 
 
 def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -> dict[Place, list[Look]]:
@@ -3133,6 +3133,9 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     except ValueError as error:
         cure = "; use --mixed_precision bf16 or no" if "precision" in str(error) else ""
         raise UserError(f"accelerate cannot start here ({first_line(error)}){cure}.") from error
+    except RuntimeError as error:
+        raise TrainingError(f"the processes did not find each other ({first_line(error)}); is every machine's address "
+                            "and port right?") from error
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees one: is "
                         "there a GPU for each? Without any, set ACCELERATE_USE_CPU=true.")

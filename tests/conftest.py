@@ -160,9 +160,5 @@ SLOW = ("test_readme", "test_toy_world", "test_benchmarks", "test_launch", "test
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """On two cores: the longest modules first; what shares a minute of fixtures stays on one worker."""
-    for item in items:
-        name = item.module.__name__
-        if name in ("test_readme", "test_toy_world"):
-            item.add_marker(pytest.mark.xdist_group(name))
+    """On two cores: the longest modules first."""
     items.sort(key=lambda item: SLOW.index(item.module.__name__) if item.module.__name__ in SLOW else len(SLOW))

@@ -79,6 +79,7 @@ ZERO_IS_FINE = {
     "dataloader_num_workers",
     "lr_warmup_steps",
     "prior_loss_weight",
+    "validation_guidance_scale",
     "lora_dropout",
     "caption_dropout",
     "adam_beta1",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lora_sdxl as trainer
 
+pytestmark = pytest.mark.xdist_group("readme")  # one quick start for all
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 COMMANDS = [
