@@ -2657,6 +2657,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
             **{f"modelspec.{key}": value for key, value in spec.items() if value}}
 
 
+@functools.lru_cache(maxsize=256)  # a report is written often, its pictures stay
 def thumbnail(path: Path) -> str:
     """A picture as a data URL of at most 256 pixels."""
     image, buffer = load_picture(path), io.BytesIO()
