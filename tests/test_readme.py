@@ -58,7 +58,9 @@ def quick_start(tmp_path_factory) -> Path:
 
 def test_the_quick_start_leaves_what_the_readme_lists(quick_start):
     output = quick_start / "lora-sks-dog"
-    listed = re.findall(r"^\| (`.*?`) \|", README, flags=re.M)
+    table = README.split("| in `lora-sks-dog/` |")[1].split("\n\n")[0]
+    listed = re.findall(r"^\| (`.*?`) \|", table, flags=re.M)
+    assert len(listed) == 5
     for name in re.findall(r"`([^`]+)`", " ".join(listed)):
         assert (output / name).exists(), name
 
