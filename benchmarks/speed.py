@@ -1,7 +1,7 @@
 """Seconds of a training step on this machine, for one set of flags after another, in turns.
 
     python benchmarks/speed.py                                           # SDXL's size, random weights, 1024 px
-    python benchmarks/speed.py --base examples/toy_world/model --resolution 64 --flags "" "--torch_compile=regional"
+    python benchmarks/speed.py --base DIR --resolution 64 --flags= --flags=--torch_compile=regional
 
 Every set of flags runs its steps in a process of its own, which loads once (all must fit beside each other; on a card
 give one or two --flags at a time). The sets take turns, so that a busy machine is busy for all of them. Please send
@@ -58,11 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a diffusers folder, of which the configuration counts")
     parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--flags", nargs="+", default=SETS, help="sets of flags, each one word")
+    parser.add_argument("--flags", action="append", help="a set of flags, in one word; give it again for the next")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="in a turn")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.flags = SETS if args.flags is None else args.flags
     if args.serve is not None:
         serve(args.base, args.resolution, args.serve.split())
         return
