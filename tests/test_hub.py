@@ -137,6 +137,15 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub, pus
     assert set(hub.files["me/dog"]) == {trainer.LORA_FILE, "README.md", "validation/step-000002/00.png"}
 
 
+@pytest.mark.parametrize("place", ["/storage/", "/preupload/", "/info/lfs/"])
+def test_an_upload_that_is_refused_midway_loses_nothing(train, hub, push_here, place):
+    hub.refuse[place] = 403
+    with pytest.raises(trainer.HubError, match="are safe in"):
+        push_here()
+    assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
+    assert not hub.files["me/dog"]
+
+
 def test_a_busy_hub_is_asked_again(hub, push_here):
     hub.refuse = {"/api/repos/create": [503, 0], "/commit/": [500, 429]}
     push_here()
