@@ -1005,6 +1005,8 @@ class Run:
     scheduler: Any
     zeros_for_empty_prompt: bool  # no negative prompt means zeros, as in SDXL base 1.0
     vae_factor: int  # pixels to a latent
+    prompts: tuple[str, ...] = ()  # to draw
+    pictures: int = 0  # of the subject; both are read once: their files may go while a run lasts
 
     @property
     def output(self) -> Path:
@@ -2196,7 +2198,7 @@ def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
 def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
                    report: Callable[[], None]) -> Callable[[int], None]:
     """A function that draws the validation pictures of a step and reports; it does nothing without a prompt."""
-    args, accelerator, prompts = run.args, run.accelerator, prompts_to_draw(run.args)
+    args, accelerator, prompts = run.args, run.accelerator, run.prompts
     if not prompts:
         return lambda step: None
     count = args.num_validation_images
@@ -2215,18 +2217,29 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
         images = decode_latents(run, model.unet, load_part(run.vae, "vae", run.dtype), latents)
         pictures = gather_object(list(zip(share, images, strict=False)))  # fewer, where a signal came
         if accelerator.is_main_process and pictures:
-            show_pictures(run, step, prompts, sorted(pictures, key=lambda numbered: numbered[0]))
+            with only_to_look_at("pictures"):
+                show_pictures(run, step, sorted(pictures, key=lambda numbered: numbered[0]))
             report()
         accelerator.wait_for_everyone()
 
     return validate
 
 
-def show_pictures(run: Run, step: int, prompts: list[str], pictures: list[tuple[int, Image.Image]]) -> None:
+@contextmanager
+def only_to_look_at(what: str) -> Iterator[None]:
+    """What nobody needs to go on with must not end a run: a full disk, a picture that was moved meanwhile."""
+    try:
+        yield
+    except (OSError, TrainingError) as error:
+        logger.warning("warning: the %s could not be written (%s); training is not touched by that.", what,
+                       first_line(error))
+
+
+def show_pictures(run: Run, step: int, pictures: list[tuple[int, Image.Image]]) -> None:
     """Write `validation/step-N/` and the contact sheet, and tell the trackers."""
     for index, image in pictures:
         save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png")
-    save_picture(contact_sheet(run.output, prompts, run.args.num_validation_images), run.output / "progress.png")
+    save_picture(contact_sheet(run.output, run.prompts, run.args.num_validation_images), run.output / "progress.png")
     for tracker in run.accelerator.trackers:
         track_pictures(tracker, [np.asarray(image) for _, image in pictures], step)
 
@@ -2247,7 +2260,7 @@ def validation_folder(output: Path, step: int) -> Path:
     return output / "validation" / f"step-{step:06d}"
 
 
-def contact_sheet(output: Path, prompts: list[str], count: int, side: int = 192, gap: int = 6,
+def contact_sheet(output: Path, prompts: Sequence[str], count: int, side: int = 192, gap: int = 6,
                   head: int = 20) -> Image.Image:
     """One picture of all validations so far: a column a step, the untrained model first; `count` rows a prompt."""
     folders = sorted((output / "validation").glob("step-*"))
@@ -2332,6 +2345,12 @@ def curve(name: str, points: Sequence[tuple[float, float]]) -> str:
 
 def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
     """Write report.html from what is in the output folder."""
+    with only_to_look_at("report"), written_beside(run.output / "report.html") as unfinished:
+        unfinished.write_text(make_report(run, subject, buckets), encoding="utf-8", errors="backslashreplace")
+
+
+def make_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> str:
+    """The page."""
     escape, args, sheet = html.escape, run.args, run.output / "progress.png"
     history = read_history(run.output)
     names = sorted({name for entry in history for name in entry} - {"step"})
@@ -2343,11 +2362,11 @@ def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket])
     picture = ""
     if sheet.exists():
         encoded = base64.b64encode(sheet.read_bytes()).decode()
-        told = escape(f"A column a step, the untrained model first; rows: {'; '.join(prompts_to_draw(args))}")
+        told = escape(f"A column a step, the untrained model first; rows: {'; '.join(run.prompts)}")
         picture = (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{told}">'
                    f"</div><figcaption>{told}</figcaption></figure>")
     settings = public_settings(args, run.seed).items()
-    page = REPORT.substitute(
+    return REPORT.substitute(
         title=escape(run.output.resolve().name), sheet=picture or "<p>No --validation_prompt was given.</p>",
         summary=escape(f"{len(shown)} pictures, rank {args.rank}, "
                        f"{history[-1]['step'] if history else 0} steps so far"),
@@ -2355,8 +2374,6 @@ def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket])
         data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
         use=escape(USE.format(base=run.base.name, folder=str(run.output), file=LORA_FILE, prompt=subject[0].prompt)),
         settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
-    with written_beside(run.output / "report.html") as unfinished:
-        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 # ------------------------------------------------------------------------------------------------------ training loop
@@ -2526,7 +2543,8 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     step = resume(args.resume_from_checkpoint, run.output, state)
     check_alike(step, digest)
     save = functools.partial(save_checkpoint, run, state)
-    save = save if accelerator.is_main_process else lambda step: None
+    finish = functools.partial(write_loras, run, run.output, model)
+    save, finish = (save, finish) if accelerator.is_main_process else (lambda step: None, lambda: None)
     adapters = list(model.adapters().values())
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
     if step == 0:
@@ -2553,6 +2571,8 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if saving:
                 save(step)
+            if step == last:
+                finish()  # before the last pictures: a card that is too small for those has the LoRA
             if due(step, validation_steps, last):
                 validate(step)
     return Outcome(step, progress.loss, wishes.stop if step < last else 0, progress.skipped)
@@ -2634,7 +2654,6 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
     content = save(tensors)
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
     title, trigger = run.output.resolve().name, args.instance_prompt or ""
-    pictures = len(list_pictures("--instance_data_dir", pictures_folder(args), args.recursive))
     settings = {
         "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
         "network_dim": args.rank, "network_alpha": float(args.lora_alpha or args.rank), "network_args": "{}",
@@ -2643,9 +2662,9 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
         "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None, "optimizer": "AdamW",
         "max_train_steps": args.max_train_steps, "mixed_precision": run.accelerator.mixed_precision,
         "batch_size_per_device": args.train_batch_size, "min_snr_gamma": args.snr_gamma,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps, "num_train_images": pictures,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps, "num_train_images": run.pictures,
         "resolution": f"({args.resolution}, {args.resolution})",
-        "tag_frequency": json.dumps({title: {trigger: pictures}})}
+        "tag_frequency": json.dumps({title: {trigger: run.pictures}})}
     spec = {
         "sai_model_spec": "1.0.1", "architecture": "stable-diffusion-xl-v1-base/lora", "title": title,
         "implementation": "https://github.com/Stability-AI/generative-models", "trigger_phrase": trigger,
@@ -2777,7 +2796,7 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     """Write README.md with gallery, trigger words and the command; returns the pictures that the gallery shows."""
     args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
     gallery = sorted(validation_folder(run.output, step).glob("*.png"))
-    trigger, drawn = args.instance_prompt or subject[0].prompt, prompts_to_draw(args)
+    trigger, drawn = args.instance_prompt or subject[0].prompt, run.prompts
     data = ModelCardData(
         license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
@@ -2786,7 +2805,7 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     command = command_of(args, run.seed)
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, rank=args.rank,
-        pictures=len({sample.path for sample in subject}), repo=repo, trigger=trigger.replace("`", "'"),
+        pictures=run.pictures, repo=repo, trigger=trigger.replace("`", "'"),
         prompt=drawn[0] if drawn else trigger,
         parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
         vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)\n" if vae else "",
@@ -3029,7 +3048,7 @@ class Rehearsal:
 @torch.no_grad()
 def estimate_memory(run: Run) -> dict[str, Cost]:
     """The cost of each phase that the run will have; no weight is read and no kernel is run."""
-    args, prior, validation = run.args, run.args.with_prior_preservation, bool(prompts_to_draw(run.args))
+    args, prior, validation = run.args, run.args.with_prior_preservation, bool(run.prompts)
     if args.base_precision == "nf4":
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
     encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
@@ -3157,7 +3176,8 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
                   allow_pickle=args.allow_pickle)
     other = args.pretrained_vae_model_name_or_path  # the base model's revision and variant do not apply to it
     vae = Source(other, None, None, args.cache_dir, False, args.allow_pickle) if other else base
-    return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae))
+    return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae),
+               prompts=tuple(prompts_to_draw(args)))
 
 
 def trackers_of(args: argparse.Namespace) -> list[str]:
@@ -3204,7 +3224,7 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
     passes = schedule.total_steps / schedule.steps_per_epoch
     of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
     say([
-        ("Subject", f'{len({s.path for s in subject})} pictures in {where}: "{prompts[0]}"{more}'),
+        ("Subject", f'{run.pictures} pictures in {where}: "{prompts[0]}"{more}'),
         ("Buckets", shapes if args.aspect_ratio_buckets else ""),
         ("Class", of_class if args.with_prior_preservation else ""),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"),
@@ -3249,21 +3269,25 @@ def main(args: argparse.Namespace) -> None:
             fetch_dataset(run.args)
         check_subject(run.args)
         subject = instance_samples(run.args)
+        run = replace(run, pictures=len({sample.path for sample in subject}))
         buckets = bucket_of_each(run.args, subject)
         say_plan(run, plan_steps(run.args, len(subject), run.accelerator.num_processes), subject, buckets)
         if run.args.dry_run:
             say_estimate(run, budget)
             return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
-        with alone_in(run.output), together(run):
+        with alone_in(run.output), explained(run):
             teach(run, objective, repo, subject, buckets, started)
 
 
 @contextmanager
-def together(run: Run) -> Iterator[None]:
-    """Tell in one sentence that another process was lost. Raises TrainingError."""
+def explained(run: Run) -> Iterator[None]:
+    """Tell in one sentence that memory ran out or another process was lost. Raises TrainingError."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"{run.device} is out of memory ({first_line(error)[:90]}). What was written before is "
+                            "whole; --vram_budget with your card's GB chooses flags that fit.") from error
     except RuntimeError as error:  # gloo raises nothing more special
         lost = isinstance(error, torch.distributed.DistError) or re.search("gloo|peer|timed out", str(error), re.I)
         if run.accelerator.num_processes == 1 or not lost:
@@ -3281,7 +3305,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     make_class_images(run)
     samples = subject + class_samples(args)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
-    prompts = [*(sample.prompt for sample in samples), *prompts_to_draw(args), args.validation_negative_prompt]
+    prompts = [*(sample.prompt for sample in samples), *run.prompts, args.validation_negative_prompt]
     table = build_text(run, prompts, args.train_text_encoder, run.dtype)
     cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
@@ -3294,8 +3318,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
                     make_validator(run, model, table, report), schedule, cache.digest)
     if run.accelerator.is_main_process:
-        report()
-        finish(run, model, outcome, repo, subject, (time.perf_counter() - started) / 60)
+        finish(run, model, outcome, repo, subject, report, (time.perf_counter() - started) / 60)
     run.accelerator.end_training()
     if outcome.stopped_by:
         command = f"accelerate launch {Path(__file__).name} --config {run.output / CONFIG_FILE}"
@@ -3330,11 +3353,12 @@ def open_output(run: Run) -> None:
 
 
 def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject: Sequence[Sample],
-           minutes: float) -> None:
+           report: Callable[[], None], minutes: float) -> None:
     """Write LoRA and card, push them unless the run was stopped, and tell where everything is."""
     path, address = run.output / LORA_FILE, ""
     write_loras(run, run.output, model)
     gallery = write_card(run, repo, outcome.step, subject)
+    report()
     if run.args.push_to_hub and not outcome.stopped_by:
         address = push(run.args, repo, gallery)
     say([
@@ -3342,7 +3366,7 @@ def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject:
                  + (f"; {outcome.skipped} steps were skipped, their numbers not finite" if outcome.skipped else "")),
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),
-        ("Pictures", f"{run.output / 'progress.png'}" if prompts_to_draw(run.args) else ""),
+        ("Pictures", f"{run.output / 'progress.png'}" if run.prompts else ""),
         ("Report", f"{run.output / 'report.html'}"),
         ("Card", f"{run.output / 'README.md'}"),
         ("Hub", address),

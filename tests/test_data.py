@@ -357,3 +357,19 @@ def test_masks_that_are_not_there_or_do_not_fit_are_refused(train, folder, maske
     Image.new("L", (10, 99)).save(tmp_path / "masks" / "whole.png")
     with pytest.raises(trainer.UserError, match="whole.png is 10x99, which is another shape"):
         train.args(instance_data_dir=masked, masked_loss=True, mask_dir=tmp_path / "masks")
+
+
+def test_a_data_set_of_several_configurations(train, folder, tmp_path):
+    import datasets
+
+    source = tmp_path / "source"
+    source.mkdir()
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("cats", "dogs"))
+    (source / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, picture in (("cats", "a.png"), ("dogs", "b.jpg")):
+        rows = datasets.Dataset.from_dict({"image": [str(folder / picture)]})
+        rows.cast_column("image", datasets.Image()).to_parquet(source / f"{name}.parquet")
+    flags = {"instance_data_dir": None, "dataset_name": source, "dataset_config_name": "dogs", "max_train_steps": 1}
+    train(**flags)
+    (sample,) = trainer.instance_samples(train.args(**flags))
+    assert sample.path.read_bytes() == (folder / "b.jpg").read_bytes()

@@ -302,3 +302,55 @@ def test_nothing_commands_the_terminal(train, capsys):
     train(instance_prompt="a \x1b[31mred\x07 dog\nLoRA stolen", log_level="info")
     told = capsys.readouterr().out
     assert "\x1b" not in told and r"\x1b[31mred\x07 dog LoRA stolen" in told
+
+
+def test_what_is_only_to_look_at_costs_no_run(train, pictures, tmp_path, monkeypatch, capsys):
+    """The pictures are moved and the file of prompts is removed while it trains; then the last validation fails."""
+    import shutil
+
+    moved, prompts = tmp_path / "moved", tmp_path / "prompts.txt"
+    shutil.copytree(pictures, moved)
+    prompts.write_text("a dog")
+    real, calls = trainer.diffusion_loss, []
+
+    def loss(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            shutil.rmtree(moved)
+            prompts.unlink()
+        return real(*arguments)
+
+    flags = {"instance_data_dir": moved, "validation_prompts": prompts, "num_validation_images": 1}
+    flags |= {"output_kohya_format": True, "checkpointing_steps": 3, "max_train_steps": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "diffusion_loss", loss)
+        trainer.thumbnail.cache_clear()
+        output = train(**flags)
+    assert (output / trainer.KOHYA_FILE).exists() and (output / "README.md").exists()
+    shutil.copytree(pictures, moved)
+    prompts.write_text("a dog")
+    real_decode, decoded = trainer.decode_latents, []
+
+    def decode(*arguments):
+        decoded.append(None)
+        if len(decoded) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_decode(*arguments)
+
+    monkeypatch.setattr(trainer, "decode_latents", decode)
+    with pytest.raises(trainer.TrainingError, match="cpu is out of memory .*--vram_budget"):
+        train(**flags, output_dir=tmp_path / "small")
+    assert same(output, tmp_path / "small")
+
+
+def test_a_report_that_fails_is_a_warning(train, pictures, tmp_path, capsys):
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    run = trainer.start(train.args(instance_data_dir=moved))
+    subject = trainer.instance_samples(run.args)
+    shutil.rmtree(moved)
+    trainer.write_report(run, subject, [(16, 16)] * 5)
+    assert "warning: the report could not be written" in capsys.readouterr().out
+    assert not (run.output / "report.html").exists()
