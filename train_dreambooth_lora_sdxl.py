@@ -675,7 +675,7 @@ def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str]]:
 def fetch_dataset(args: argparse.Namespace) -> None:
     """Write a data set's pictures, as they are, and captions into their folder. Raises UserError."""
     folder, captions = pictures_folder(args), []
-    if args.instance_data_dir is not None or folder.is_dir():
+    if folder.is_dir():
         return
     try:
         with written_beside(folder) as unfinished:
@@ -2543,8 +2543,8 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     step = resume(args.resume_from_checkpoint, run.output, state)
     check_alike(step, digest)
     save = functools.partial(save_checkpoint, run, state)
-    finish = functools.partial(write_loras, run, run.output, model)
-    save, finish = (save, finish) if accelerator.is_main_process else (lambda step: None, lambda: None)
+    save_loras = functools.partial(write_loras, run, run.output, model)
+    save, save_loras = (save, save_loras) if accelerator.is_main_process else (lambda step: None, lambda: None)
     adapters = list(model.adapters().values())
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
     if step == 0:
@@ -2572,7 +2572,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             if saving:
                 save(step)
             if step == last:
-                finish()  # before the last pictures: a card that is too small for those has the LoRA
+                save_loras()  # before the last pictures: a card that is too small for those has the LoRA
             if due(step, validation_steps, last):
                 validate(step)
     return Outcome(step, progress.loss, wishes.stop if step < last else 0, progress.skipped)
@@ -3138,10 +3138,8 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
 # The phases, in the order in which they happen.
 
 
-def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
-    """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set accelerate up. Raises UserError for what does not work here, TrainingError if no other process is found."""
     if args.local_rank >= 0 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
@@ -3163,6 +3161,14 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UserError(f"accelerate is configured for {kind}, but shards of a few megabytes of adapters "
                         "help nobody: choose plain multi-GPU in `accelerate config`.")
+    return accelerator
+
+
+def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
+    """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    accelerator = make_accelerator(args)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
     if args.base_precision == "fp8":
@@ -3224,7 +3230,7 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
     passes = schedule.total_steps / schedule.steps_per_epoch
     of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
     say([
-        ("Subject", f'{run.pictures} pictures in {where}: "{prompts[0]}"{more}'),
+        ("Subject", f'{run.pictures} picture{"s" * (run.pictures > 1)} in {where}: "{prompts[0]}"{more}'),
         ("Buckets", shapes if args.aspect_ratio_buckets else ""),
         ("Class", of_class if args.with_prior_preservation else ""),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"),
@@ -3265,19 +3271,21 @@ def main(args: argparse.Namespace) -> None:
             say_estimate(run, budget)
             return
         objective = make_objective(run.scheduler, args.snr_gamma, run.device)
-        with run.accelerator.local_main_process_first():
-            fetch_dataset(run.args)
-        check_subject(run.args)
+        if run.args.dataset_name:  # a folder was checked at the door
+            with run.accelerator.local_main_process_first():
+                fetch_dataset(run.args)
+            check_subject(run.args)
         subject = instance_samples(run.args)
         run = replace(run, pictures=len({sample.path for sample in subject}))
         buckets = bucket_of_each(run.args, subject)
-        say_plan(run, plan_steps(run.args, len(subject), run.accelerator.num_processes), subject, buckets)
+        schedule = plan_steps(run.args, len(subject), run.accelerator.num_processes)
+        say_plan(run, schedule, subject, buckets)
         if run.args.dry_run:
             say_estimate(run, budget)
             return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
         with alone_in(run.output), explained(run):
-            teach(run, objective, repo, subject, buckets, started)
+            teach(run, objective, repo, subject, buckets, schedule, started)
 
 
 @contextmanager
@@ -3298,10 +3306,9 @@ def explained(run: Run) -> Iterator[None]:
 
 
 def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], buckets: Sequence[Bucket],
-          started: float) -> None:
+          schedule: Schedule, started: float) -> None:
     """The phases of a run: the table of contents."""
     args = run.args
-    schedule = plan_steps(args, len(subject), run.accelerator.num_processes)
     make_class_images(run)
     samples = subject + class_samples(args)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
