@@ -3138,16 +3138,34 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
 # The phases, in the order in which they happen.
 
 
+def meet_again(timeout: timedelta) -> None:
+    """Join the processes of a launcher's restart under keys of their own. Raises RuntimeError.
+
+    The launcher's store outlives a restart (torch 2.14, static rendezvous) with the addresses of the dead in it, and who
+    reads one before its owner has written anew waits for nobody.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size,
+                                       is_master=False, timeout=timeout)
+    torch.distributed.init_process_group(store=torch.distributed.PrefixStore(f"restart {attempt}", store), rank=rank,
+                                         world_size=world_size, timeout=timeout)
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set accelerate up. Raises UserError for what does not work here, TrainingError if no other process is found."""
     if args.local_rank >= 0 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    timeout = timedelta(seconds=args.ddp_timeout)
     try:
+        meet_again(timeout)
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=trackers_of(args), project_config=project,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))])
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     except ValueError as error:
         cure = "; use --mixed_precision bf16 or no" if "precision" in str(error) else ""
         raise UserError(f"accelerate cannot start here ({first_line(error)}){cure}.") from error
