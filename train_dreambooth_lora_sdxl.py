@@ -99,6 +99,9 @@ GB = 1e9
 TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
+VAE_KEYS = ("encoder.conv_in.weight$", "decoder.conv_out.weight$")  # what a single file of each kind must have
+SDXL_KEYS = ("^model.diffusion_model.input_blocks.0.0.weight", "^first_stage_model.encoder.conv_in.weight",
+             "^conditioner.embedders.0.transformer.text_model.", "^conditioner.embedders.1.model.positional_embedding")
 
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one that talks, known before torch is
 
@@ -214,9 +217,12 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
 
     add = parser.add_argument_group("base model").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="ID|DIR", help="SDXL: Hub id or diffusers folder")
-    add("--pretrained_vae_model_name_or_path", metavar="ID|DIR",
+    add("--pretrained_model_name_or_path", required=True, metavar="ID|DIR|FILE",
+        help="SDXL: Hub id, diffusers folder, or one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", metavar="ID|DIR|FILE",
         help="another VAE, such as madebyollin/sdxl-vae-fp16-fix")
+    add("--single_file_config", metavar="ID|DIR",
+        help="the pipeline whose configuration a single file goes with; default: SDXL base 1.0 from the Hub")
     add("--revision", help="of the base model: branch, tag or commit")
     add("--variant", help="of the base model's files, such as fp16")
     add("--cache_dir", help="where downloads go")
@@ -391,6 +397,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_prior_flags(args)
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
+    if Path(args.pretrained_vae_model_name_or_path or "").is_file():
+        check_single_file("--pretrained_vae_model_name_or_path", Path(args.pretrained_vae_model_name_or_path), VAE_KEYS)
     check_output(args)
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
@@ -452,10 +460,11 @@ def find_token() -> str | None:
 
 
 def check_base_folder(name: str, allow_pickle: bool, needs_weights: bool) -> None:
-    """A base model that is a path must be a diffusers folder of SDXL."""
+    """A base model that is a path must be a diffusers folder of SDXL, or a file of it all."""
     path = Path(name)
     if path.is_file():
-        raise UserError(f"--pretrained_model_name_or_path {name} is a file; give a Hub id or a diffusers folder.")
+        check_single_file("--pretrained_model_name_or_path", path, SDXL_KEYS)
+        return
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(f"--pretrained_model_name_or_path {name}: no such folder, and no Hub id (owner/name).")
     if path.is_dir():
@@ -480,15 +489,36 @@ def check_part(flag: str, folder: Path, allow_pickle: bool) -> None:
             raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
 
 
+def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
+    """A file as Civitai has them: safetensors, whole, with all that is needed. Raises UserError."""
+    keys = safetensors_header(path)
+    if path.stat().st_size != safetensors_size(path):
+        raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
+    missing = [key for key in needed if not any(re.search(key, name) for name in keys)]
+    if missing:
+        raise UserError(f"{flag}: {path} is not a whole model of SDXL, as it lacks {missing[0].strip('^$')}; a LoRA, a "
+                        "UNet alone, a refiner or another model cannot be trained on.")
+    if "edm_vpred.sigma_max" in keys:
+        raise UserError(f"{flag}: {path} is an EDM model with v-prediction (CosXL), which this script does not train.")
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file by name, from the JSON after its length; empty without one."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8)))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, AttributeError):
+        return {}
+
+
 def safetensors_size(path: Path) -> int:
-    """The bytes that a safetensors file must have by its header, which is JSON after its length; -1 without one."""
+    """The bytes that a safetensors file must have by its header; -1 without one."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 10**8)))
-        return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
-                                default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return 8 + length + max(entry["data_offsets"][1] for entry in safetensors_header(path).values())
+    except (ValueError, KeyError, TypeError):
         return -1
 
 
@@ -1033,6 +1063,52 @@ UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 
 
+def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) -> Path:
+    """Make a diffusers folder of a single file, once: of a pipeline, or of a VAE with the configuration of another.
+
+    diffusers does it, in the file's own dtype, but for the markers `v_pred` and `ztsnr`, which it passes over: a model
+    that carries them predicts velocity, and its last timestep is nothing but noise. Raises UserError.
+    """
+    tensors = safetensors_header(path)
+    is_vae = not any(name.startswith("model.diffusion_model.") for name in tensors)
+    made_of = content_key(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, config)
+    unpacked = folder / f"unpacked-{path.stem}-{made_of[:12]}"
+    if unpacked.is_dir():
+        return unpacked
+    check_space(folder, path.stat().st_size, "the single file, unpacked")
+    kind, place = (AutoencoderKL, {"subfolder": "vae"}) if is_vae else (StableDiffusionXLPipeline, {})
+    largest_one = max(tensors.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest_one["dtype"], torch.float32)
+    try:
+        model = kind.from_single_file(str(path), config=config, cache_dir=cache_dir, torch_dtype=dtype, **place)
+        if "v_pred" in tensors:
+            extra = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in tensors else {}
+            model.scheduler = type(model.scheduler).from_config(model.scheduler.config, prediction_type="v_prediction",
+                                                                **extra)
+        with written_beside(unpacked, f".{os.getpid()}", path.stat().st_size) as unfinished:
+            model.save_pretrained(unfinished)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, HfHubHTTPError) as error:
+        wanted = config or "by default SDXL base 1.0 from the Hub"
+        raise UserError(f"{path} cannot be unpacked ({first_line(error)}); is --single_file_config, {wanted}, of the "
+                        "same kind and within reach?") from error
+    return unpacked
+
+
+def find_sources(args: argparse.Namespace, store: Store) -> tuple[Source, Source]:
+    """Where the base model and the VAE come from; single files are unpacked into the cache. Raises UserError."""
+    base, other = Path(args.pretrained_model_name_or_path), args.pretrained_vae_model_name_or_path
+    name = args.pretrained_model_name_or_path
+    if base.is_file():
+        name = str(unpack(base, store.folder, args.single_file_config, args.cache_dir))
+    source = Source(name, args.revision, args.variant, args.cache_dir, allow_pickle=args.allow_pickle)
+    if not other:
+        return source, source
+    if Path(other).is_file():
+        other = str(unpack(Path(other), store.folder, args.single_file_config or name, args.cache_dir))
+    # the base model's revision and variant do not apply to another VAE
+    return source, Source(other, None, None, args.cache_dir, False, args.allow_pickle)
+
+
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     """Load one part of a pipeline in its final dtype, frozen, on its device. Raises UserError naming the model."""
     keywords = source.keywords(part)
@@ -1381,7 +1457,7 @@ def to_disk(path: Path) -> None:
     """Let a file or a folder, with what is in it, survive a power failure."""
     if os.name != "posix":  # elsewhere folders cannot be opened
         return
-    for part in (*(path.iterdir() if path.name.endswith(".tmp") and path.is_dir() else ()), path):
+    for part in (*(path.rglob("*") if path.name.endswith(".tmp") and path.is_dir() else ()), path):
         handle = os.open(part, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -3196,10 +3272,8 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     stop = stop or StopSignals(None, None)
     seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
     store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
-    base = Source(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir,
-                  allow_pickle=args.allow_pickle)
-    other = args.pretrained_vae_model_name_or_path  # the base model's revision and variant do not apply to it
-    vae = Source(other, None, None, args.cache_dir, False, args.allow_pickle) if other else base
+    with accelerator.local_main_process_first():
+        base, vae = find_sources(args, store)
     return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae),
                prompts=tuple(prompts_to_draw(args)))
 
@@ -3237,6 +3311,13 @@ def say(rows: Iterable[tuple[str, str]]) -> None:
     logger.info("\n".join(f"{name:10}{text}".replace("\n", " ") for name, text in rows if text))
 
 
+def prediction_of(scheduler: Any) -> str:
+    """What a model predicts, if it is not the usual noise."""
+    if scheduler.config.prediction_type != "v_prediction":
+        return ""
+    return "; predicts velocity" + ", zero terminal SNR" * bool(scheduler.config.get("rescale_betas_zero_snr"))
+
+
 def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
     """Tell what is about to happen: what, how many, how long, where it goes."""
     args, prompts = run.args, list(dict.fromkeys(sample.prompt for sample in subject))
@@ -3251,7 +3332,8 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
         ("Subject", f'{run.pictures} picture{"s" * (run.pictures > 1)} in {where}: "{prompts[0]}"{more}'),
         ("Buckets", shapes if args.aspect_ratio_buckets else ""),
         ("Class", of_class if args.with_prior_preservation else ""),
-        ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"),
+        ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"
+                 f"{prediction_of(run.scheduler)}"),
         ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
         ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
                   f"{passes:.0f} passes; seed {run.seed}"),

@@ -31,14 +31,18 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_dreambooth_lora_sdxl.py"
 
 
-def build_tiny(folder: Path, **unet_config) -> Path:
+def build_tiny(folder: Path, widths: tuple[int, int] = (64, 64), **unet_config) -> Path:
     """Write an SDXL pipeline of 0.2 M parameters with random weights; 16 px pictures have 8 x 8 latents."""
     import build
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
     tokenizers = [build.make_tokenizer("<|endoftext|>"), build.make_tokenizer("!")]
-    encoders = [build.make_text_encoder(tokenizer, bool(i)) for i, tokenizer in enumerate(tokenizers)]
+    encoders = []
+    for width, tokenizer in zip(widths, tokenizers, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "WIDTH", width)
+            encoders.append(build.make_text_encoder(tokenizer, bool(encoders)))
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -58,11 +62,11 @@ def build_tiny(folder: Path, **unet_config) -> Path:
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
             "attention_head_dim": [2, 4],
             "norm_num_groups": 4,
-            "cross_attention_dim": 2 * build.WIDTH,
+            "cross_attention_dim": sum(widths),
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 48 + build.WIDTH,
+            "projection_class_embeddings_input_dim": 48 + widths[1],
             **unet_config,
         }
     )

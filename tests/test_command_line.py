@@ -104,7 +104,7 @@ def mistake(train, **flags) -> str:
         ({"with_prior_preservation": True}, "--class_data_dir"),
         ({"with_prior_preservation": True, "class_data_dir": "x"}, "--class_prompt"),
         ({"pretrained_model_name_or_path": "./no/such/model"}, "no such folder"),
-        ({"pretrained_model_name_or_path": str(SCRIPT)}, "is a file"),
+        ({"pretrained_model_name_or_path": str(SCRIPT)}, "no safetensors file"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "names no checkpoint"),
         ({"output_dir": "/proc/none"}, "--output_dir /proc/none cannot be written"),
         ({"output_dir": str(SCRIPT)}, "cannot be written"),
