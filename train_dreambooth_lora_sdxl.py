@@ -207,6 +207,7 @@ def bucket_list(text: str) -> str:
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
+LOSS_TYPES = ("l2", "huber", "smooth_l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -255,10 +256,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
 
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", action=YES_NO, default=False, help="keep the class as it was, by pictures of it")
+    add("--prior_preservation", choices=["pictures", "base_model", "dco"],
+        help="by pictures of it, which is the same as the flag above; by what the base model says of --class_prompt, "
+             "without pictures; or by not leaving the base model, without a prompt")
     add("--class_data_dir", metavar="DIR", help="folder of class pictures; missing ones are drawn into it")
     add("--class_prompt", help='the same without the rare word: "a photo of a dog"')
     add("--num_class_images", type=COUNT, default=100)
     add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0)
+    add("--dco_beta", type=POSITIVE, default=1000.0, help="of dco: how hard it holds on to the base model")
     add("--sample_batch_size", type=COUNT, default=4, help="class pictures drawn at once")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
 
@@ -281,7 +286,6 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--lr_warmup_steps", type=INDEX, default=500, help="in optimizer steps; the constant schedule has none")
     add("--lr_num_cycles", type=COUNT, default=1, help="of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, help="of polynomial")
-    add("--snr_gamma", type=POSITIVE, help="min-SNR weighting; 5 is usual")
     add("--use_8bit_adam", action=YES_NO, default=False, help="bitsandbytes AdamW with 8-bit moments")
     add("--adam_beta1", type=NOT_NEGATIVE, default=0.9)
     add("--adam_beta2", type=NOT_NEGATIVE, default=0.999)
@@ -294,6 +298,23 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
     add("--max_skipped_steps", type=COUNT, default=10, help="more of them end the run")
     add("--max_train_minutes", type=POSITIVE, help="then stop with a checkpoint, counted from the command")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: what the base model's scheduler says")
+    add("--rescale_betas_zero_snr", action=YES_NO, default=False, help="v-prediction: the last timestep is all noise")
+    add("--do_edm_style_training", action=YES_NO, default=False,
+        help="weights of epsilon for a v-prediction model; a model with an EDM scheduler is trained so by itself")
+    add("--snr_gamma", type=POSITIVE, help="min-SNR weighting; 5 is usual")
+    add("--loss_weighting", choices=["debiased", "p2"], help="instead: debiased estimation, or P2")
+    add("--loss_type", choices=list(LOSS_TYPES), default="l2", help="huber and smooth_l1 heed outliers less")
+    add("--huber_schedule", choices=["constant", "exponential", "snr"], default="snr", help="of their --huber_c")
+    add("--huber_c", type=number(float, 0, strict=True, high=1), default=0.1, help="where they turn linear")
+    add("--noise_offset", type=NOT_NEGATIVE, default=0.0, help="learn brightness, too; 0.05 is usual")
+    add("--input_perturbation", type=NOT_NEGATIVE, default=0.0, help="noise that the model is not told of; 0.1 is usual")
+    add("--min_timestep", type=INDEX, default=0, help="0 has the least noise")
+    add("--max_timestep", type=INDEX, default=999)
+    add("--timestep_bias", choices=["uniform", "earlier", "later", "logit-normal"], default="uniform",
+        help="which timesteps come more often: earlier ones have little noise")
 
     add = parser.add_argument_group("machine").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate was configured with")
@@ -337,6 +358,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--push_to_hub", action=YES_NO, default=False, help="upload LoRA, card and pictures, nothing else")
     add("--hub_model_id", help="default: the name of --output_dir, in your namespace")
     add("--hub_private_repo", action=YES_NO, default=False, help="create the repository as a private one")
+    add("--card_data_samples", action=YES_NO, default=False,
+        help="show small copies of your pictures in the model card; they are pushed with it")
     add("--hub_token", help="others on this machine can see a command line: prefer `hf auth login` or HF_TOKEN")
     return parser
 
@@ -395,6 +418,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.lora_dropout >= 1 or max(args.adam_beta1, args.adam_beta2) >= 1:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
+    check_objective_flags(args)
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
     if Path(args.pretrained_vae_model_name_or_path or "").is_file():
@@ -405,7 +429,7 @@ def check_args(args: argparse.Namespace) -> None:
                         if args.dataset_name is None else "--instance_data_dir and --dataset_name exclude each other.")
     if args.instance_data_dir is not None:
         check_subject(args)
-    if args.with_prior_preservation and Path(args.class_data_dir).exists():
+    if prior_kind(args) == "pictures" and Path(args.class_data_dir).exists():
         check_pictures("--class_data_dir", list_pictures("--class_data_dir", args.class_data_dir))
 
 
@@ -424,13 +448,36 @@ def check_subject(args: argparse.Namespace) -> None:
                         f"{'has the name of a picture' if args.mask_dir else 'is transparent anywhere'}.")
 
 
+def prior_kind(args: argparse.Namespace) -> str | None:
+    """How the class is preserved, if it is."""
+    return args.prior_preservation or ("pictures" if args.with_prior_preservation else None)
+
+
+PRIOR_NEEDS = {"pictures": ("class_data_dir", "class_prompt"), "base_model": ("class_prompt",), "dco": (), None: ()}
+
+
 def check_prior_flags(args: argparse.Namespace) -> None:
-    """Prior preservation needs a folder and a prompt, and those mean nothing without it."""
-    given = [flag for flag in ("class_data_dir", "class_prompt") if getattr(args, flag)]
-    if args.with_prior_preservation and len(given) < 2:
-        raise UserError("--with_prior_preservation needs --class_data_dir (it may be empty) and --class_prompt.")
-    if given and not args.with_prior_preservation:
-        logger.warning("warning: --%s does nothing without --with_prior_preservation.", given[0])
+    """Each kind of prior preservation needs its flags, and others mean nothing to it."""
+    kind = prior_kind(args)
+    if args.with_prior_preservation and kind != "pictures":
+        raise UserError(f"--with_prior_preservation means pictures, and --prior_preservation {kind} needs none; give "
+                        "one of them.")
+    if any(not getattr(args, flag) for flag in PRIOR_NEEDS[kind]):
+        named = "--with_prior_preservation" if args.with_prior_preservation else f"--prior_preservation {kind}"
+        raise UserError(f"{named} needs {' and '.join(f'--{flag}' for flag in PRIOR_NEEDS[kind])}"
+                        f"{'; the folder may be empty' if kind == 'pictures' else ''}.")
+    idle = [flag for flag in PRIOR_NEEDS["pictures"] if getattr(args, flag) and flag not in PRIOR_NEEDS[kind]]
+    if idle:
+        instead = f"with --prior_preservation {kind}" if kind else "without --with_prior_preservation"
+        logger.warning("warning: --%s does nothing %s.", idle[0], instead)
+
+
+def check_objective_flags(args: argparse.Namespace) -> None:
+    """Flags of the objective that contradict each other. Raises UserError."""
+    if args.snr_gamma and args.loss_weighting:
+        raise UserError("--snr_gamma and --loss_weighting both weight the timesteps; give one of them.")
+    if args.min_timestep > args.max_timestep:
+        raise UserError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -830,10 +877,13 @@ def prompts_to_draw(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def class_samples(args: argparse.Namespace) -> list[Sample]:
-    """The class pictures, if prior preservation wants any."""
-    pictures = list_pictures("--class_data_dir", args.class_data_dir) if args.with_prior_preservation else []
-    return [Sample(path, args.class_prompt, is_class=True) for path in pictures]
+def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[Sample]:
+    """What preserves the class: pictures of it, or the subject's under the class prompt, for the base model to judge."""
+    pictures = {
+        "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir),
+        "base_model": lambda: [sample.path for sample in subject],
+    }.get(prior_kind(args), list)
+    return [Sample(path, args.class_prompt, is_class=True) for path in pictures()]
 
 
 Bucket = tuple[int, int]
@@ -1154,6 +1204,21 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
     return scheduler, bool(index.get("force_zeros_for_empty_prompt", True)), factor
 
 
+def with_prediction(scheduler: Any, prediction_type: str | None, zero_snr: bool) -> Any:
+    """The scheduler with another prediction type or zero terminal SNR (arXiv:2305.08891). Raises UserError."""
+    kind, name = prediction_type or scheduler.config.prediction_type, type(scheduler).__name__
+    if prediction_type and "sigma_data" in scheduler.config:
+        raise UserError(f"--prediction_type {prediction_type} cannot be had of an EDM model ({name}); leave it out.")
+    if zero_snr and "rescale_betas_zero_snr" not in scheduler.config:
+        raise UserError(f"--rescale_betas_zero_snr: the base model's {name} knows nothing of it.")
+    if zero_snr and kind == "epsilon":
+        raise UserError("--rescale_betas_zero_snr needs --prediction_type v_prediction: where all is noise, epsilon "
+                        "tells nothing.")
+    spacing = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+    return scheduler.from_config(scheduler.config, prediction_type=kind, **spacing) if prediction_type or zero_snr \
+        else scheduler
+
+
 def text_encoder_targets(encoder: nn.Module) -> str:
     """The attention of the layers that SDXL reads: all of the second encoder, whose projection reads the last one,
     and all but the last of the first (diffusers#4340).
@@ -1239,20 +1304,29 @@ class TrainableSDXL(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.embed = functools.partial(encode_ids, self.text_encoders) if text_encoders else lambda text: text
         self.trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
-        lean = [lean_forward(layer, self.dtype, compiled) for layer in layers]
-        self.forwards = {layer: forward for layer, (forward, _) in zip(layers, lean, strict=True)}
+        self.layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
+        lean = [lean_forward(layer, self.dtype, compiled) for layer in self.layers]
+        self.forwards = {layer: forward for layer, (forward, _) in zip(self.layers, lean, strict=True)}
         pairs = [pair for _, copies in lean for pair in copies]
         self.masters, self.copies = [master for master, _ in pairs], [copy for _, copy in pairs]
         self.run_lean(True)
 
     def run_lean(self, lean: bool) -> None:
         """Run the adapters through kernels of their own, or as peft does."""
-        for layer, forward in self.forwards.items():
-            if lean:
-                layer.forward = forward
-            else:
-                vars(layer).pop("forward", None)
+        for layer in self.layers:
+            vars(layer).pop("forward", None)
+            if lean and layer in self.forwards:
+                layer.forward = self.forwards[layer]
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model, for as long as the block lasts."""
+        for layer in self.layers:
+            layer.forward = layer.base_layer.forward  # the module itself would become a child
+        try:
+            yield
+        finally:
+            self.run_lean(True)
 
     def components(self) -> dict[str, nn.Module]:
         """Its parts by the names that diffusers gives them."""
@@ -1742,7 +1816,7 @@ def class_dtype(run: Run) -> torch.dtype:
 def make_class_images(run: Run) -> None:
     """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
     args, accelerator = run.args, run.accelerator
-    if not args.with_prior_preservation:
+    if prior_kind(args) != "pictures":
         return
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2002,48 +2076,199 @@ def ahead(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> It
 # An objective is a table over the training timesteps; a loss is a weighted mean of rows.
 
 
-class Objective(NamedTuple):
-    """model_input = a * latents + b * noise; target = c * latents + d * noise; each column (1000,), by timestep."""
+class Table(NamedTuple):
+    """model_input = a * latents + b * noise; target = c * latents + d * noise; each column (timesteps,), float64."""
 
     a: Tensor
     b: Tensor
     c: Tensor
     d: Tensor
     weight: Tensor
-    t_cond: Tensor  # what the model is told: the timestep itself
+    t_cond: Tensor  # what the model is told: the timestep itself, or a function of sigma
+    snr: Tensor  # signal to noise, squared
 
 
-def make_objective(scheduler: Any, snr_gamma: float | None = None, device: torch.device | None = None) -> Objective:
-    """The table of the scheduler's own prediction type. Raises UserError for one that this script does not know.
+def make_table(scheduler: Any, snr_gamma: float | None = None, weighting: str | None = None,
+               edm_style: bool = False) -> Table:
+    """The table of what the scheduler's model predicts; timestep 0 has the least noise.
 
-    With snr_gamma, min-SNR weights (arXiv:2303.09556, section 3.4): min(snr, g) / snr for epsilon,
-    min(snr, g) / (snr + 1) for v-prediction, which stays finite at snr = 0.
+    Raises UserError for a prediction that this script does not know, or a weighting that does not go with it.
     """
     kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
+    if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"--pretrained_model_name_or_path predicts '{kind}' with {type(scheduler).__name__}; only "
                         "epsilon and v_prediction can be trained.")
+    if "sigma_data" in scheduler.config:
+        if snr_gamma or weighting:
+            raise UserError(f"--{'snr_gamma' if snr_gamma else 'loss_weighting'}: {type(scheduler).__name__} weights "
+                            "by the EDM formulas, so leave it out.")
+        return edm_table(scheduler)
     alphas = scheduler.alphas_cumprod.double()
     a, b, snr = alphas.sqrt(), (1 - alphas).sqrt(), alphas / (1 - alphas)
-    zeros, ones = torch.zeros_like(a), torch.ones_like(a)
-    c, d = (zeros, ones) if kind == "epsilon" else (-b, a)
-    weight = ones
+    c, d = (torch.zeros_like(a), torch.ones_like(a)) if kind == "epsilon" else (-b, a)
+    weight = loss_weight(snr, kind, snr_gamma, weighting, edm_style)
+    return Table(a, b, c, d, weight, torch.arange(len(a)), snr)
+
+
+def edm_table(scheduler: Any) -> Table:
+    """The table of a true EDM model (arXiv:2206.00364, table 1): the loss is that of the denoised latents."""
+    whole = scheduler.from_config(scheduler.config).sigmas  # drawing leaves its own few in the scheduler
+    sigma, data = whole[whole > 0].flip(0).double(), scheduler.config.sigma_data
+    total = (sigma ** 2 + data ** 2).sqrt()
+    c_skip, c_in = data ** 2 / total ** 2, 1 / total
+    c_out = sigma * data / total * (1 if scheduler.config.prediction_type == "epsilon" else -1)
+    return Table(c_in, c_in * sigma, (1 - c_skip) / c_out, -c_skip * sigma / c_out, c_out ** 2, sigma.log() / 4,
+                 (data / sigma) ** 2)
+
+
+def loss_weight(snr: Tensor, kind: str, snr_gamma: float | None, weighting: str | None, edm_style: bool) -> Tensor:
+    """Weights of squared errors in epsilon or velocity, from those of the denoised latents, which stay finite at snr 0.
+
+    An error in epsilon is snr times that in the denoised latents, one in velocity snr + 1 times. min-SNR is of
+    arXiv:2303.09556, debiased estimation of arXiv:2310.08442, P2 (gamma 1, k 1) of arXiv:2204.00227; EDM's style is
+    the plain loss of epsilon.
+    """
     if snr_gamma is not None:
-        capped = snr.clamp(max=snr_gamma)
-        weight = torch.where(snr > 0, capped / snr, ones) if kind == "epsilon" else capped / (snr + 1)
-    columns = [column.to(device, torch.float32) for column in (a, b, c, d, weight)]
-    return Objective(*columns, torch.arange(len(a), device=device))
+        denoised = snr.clamp(max=snr_gamma)
+    elif weighting is not None:
+        denoised = {"debiased": snr.sqrt(), "p2": snr / (1 + snr)}[weighting]
+    elif edm_style:
+        denoised = snr
+    else:
+        return torch.ones_like(snr)
+    return torch.where(snr > 0, denoised / snr, 1.0) if kind == "epsilon" else denoised / (snr + 1)
 
 
-def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+def huber_deltas(snr: Tensor, schedule: str, least: float) -> Tensor:
+    """Where a loss turns from square to linear, by timestep (arXiv:2403.16728): constant, or less where noise is."""
+    if schedule == "exponential":
+        return least ** (torch.arange(len(snr), dtype=torch.float64) / len(snr))
+    if schedule == "snr":
+        return (1 - least) / (1 + snr.rsqrt()) ** 2 + least  # 1 / sqrt(snr) is sigma; at snr 0 the least is left
+    return torch.full_like(snr, least)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": lambda error, delta: error.square(),
+    "huber": lambda error, delta: 2 * delta * ((error.square() + delta.square()).sqrt() - delta),
+    "smooth_l1": lambda error, delta: 2 * ((error.square() + delta.square()).sqrt() - delta),
+}
+BIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda share: share,
+    "earlier": lambda share: 2 * share - share.square(),
+    "later": torch.square,
+    "logit-normal": lambda share: torch.special.ndtr(share.logit()),  # arXiv:2403.03206
+}
+"""The probability of a timestep below a share of all: earlier and later fall and rise linearly."""
+
+
+def timestep_odds(count: int, low: int, high: int, bias: str) -> Tensor:
+    """The probability of a timestep of at most t (count,), where only those from low to high happen. float64."""
+    below = BIASES[bias](torch.arange(count + 1, dtype=torch.float64) / count)
+    return ((below[1:] - below[low]) / (below[high + 1] - below[low])).clamp(0, 1)
+
+
+RowLosses = Callable[[Tensor, Tensor], Tensor]
+"""From prediction and target to the losses of rows (B,)."""
+
+
+def prior_of_pictures(model: nn.Module, inputs: tuple, target: Tensor, rows_of: RowLosses, count: int) -> Tensor:
+    """Class pictures are rows as all others are; count is that of the subject's rows."""
+    return rows_of(model(*inputs), target)
+
+
+def prior_of_base(model: TrainableSDXL, inputs: tuple, target: Tensor, rows_of: RowLosses, count: int) -> Tensor:
+    """The target of the class prompt's rows is what the base model, its adapters off, predicts for them."""
+    noisy, timesteps, text, add_time_ids = inputs
+    with torch.no_grad(), model.without_adapters():
+        known = model(noisy[count:], timesteps[count:], tuple(part[count:] for part in text), add_time_ids[count:])
+    return rows_of(model(*inputs), torch.cat([target[:count], known.float()]))
+
+
+def prior_of_consistency(model: TrainableSDXL, inputs: tuple, target: Tensor, rows_of: RowLosses, count: int,
+                         beta: float = 1000.0) -> Tensor:
+    """Direct consistency optimisation (arXiv:2402.12004): be better than the base model, and no further from it.
+
+    Divided by beta, which leaves gradients of the usual size: half of the plain loss's where nothing is learnt yet.
+    """
+    with torch.no_grad(), model.without_adapters():
+        before = rows_of(model(*inputs), target)
+    return -nn.functional.logsigmoid(beta * (before - rows_of(model(*inputs), target))) / beta
+
+
+PRIORS = {"pictures": prior_of_pictures, "base_model": prior_of_base, "dco": prior_of_consistency}
+
+
+def make_noise(offset: float, perturbation: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function that draws noise for latents: that which is to be found in them, and that which is put in.
+
+    Offset: a part that is one number a channel, so that brightness is learnt, too. Perturbation: noise that is not told
+    of (arXiv:2301.11706).
+    """
+
+    def draw(latents: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.randn_like(latents)
+        if offset:
+            noise = noise + offset * torch.randn_like(latents[:, :, :1, :1])
+        return noise, noise + perturbation * torch.randn_like(latents) if perturbation else noise
+
+    return draw
+
+
+class Objective(NamedTuple):
+    """What is learnt: a table's columns in float32 on the device, and what is drawn and measured at each timestep."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    weight: Tensor
+    delta: Tensor  # of the Huber losses
+    odds: Tensor  # as timestep_odds gives them
+    t_cond: Tensor
+    draw_noise: Callable[[Tensor], tuple[Tensor, Tensor]]
+    distance: Callable[[Tensor, Tensor], Tensor]
+    prior: Callable[..., Tensor]
+
+
+def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.device | None = None) -> Objective:
+    """The objective that the flags and the base model's scheduler make. Raises UserError if they contradict."""
+    table = make_table(scheduler, args.snr_gamma, args.loss_weighting, args.do_edm_style_training)
+    low, high = args.min_timestep, min(args.max_timestep, len(table.a) - 1)
+    if low > high:
+        raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {len(table.a) - 1}.")
+    deltas = huber_deltas(table.snr, args.huber_schedule, args.huber_c)
+    columns = (*table[:5], deltas, timestep_odds(len(table.a), low, high, args.timestep_bias))
+    prior = PRIORS[prior_kind(args) or "pictures"]
+    if prior is prior_of_consistency:
+        prior = functools.partial(prior, beta=args.dco_beta)
+    told = table.t_cond if table.t_cond.dtype == torch.int64 else table.t_cond.float()
+    return Objective(*(column.float().to(device) for column in columns), told.to(device),
+                     make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type], prior)
+
+
+class Loss(NamedTuple):
+    """The loss of a micro-batch, and what is told of it."""
+
+    total: Tensor
+    rows: Tensor  # (instance_rows,) of the subject, before weights
+    timesteps: Tensor
+
+
+def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Loss:
     """The loss of one micro-batch: sum of weighted rows over the number of instance rows."""
     latents = batch.mean + batch.std * torch.randn_like(batch.mean)
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(len(objective.a), (len(latents),), device=latents.device)
-    a, b, c, d = (column[timesteps].view(-1, 1, 1, 1) for column in objective[:4])
-    prediction = model(a * latents + b * noise, objective.t_cond[timesteps], batch.text, batch.add_time_ids)
-    row_loss = ((prediction.float() - (c * latents + d * noise)).square() * batch.mask).flatten(1).mean(1)
-    return (batch.weight * objective.weight[timesteps] * row_loss).sum() / batch.instance_rows
+    noise, noise_put_in = objective.draw_noise(latents)
+    timesteps = torch.searchsorted(objective.odds, torch.rand(len(latents), device=latents.device), right=True)
+    a, b, c, d, delta = (getattr(objective, name)[timesteps].view(-1, 1, 1, 1) for name in ("a", "b", "c", "d", "delta"))
+
+    def rows_of(prediction: Tensor, target: Tensor) -> Tensor:
+        return (objective.distance(prediction.float() - target, delta) * batch.mask).flatten(1).mean(1)
+
+    inputs = a * latents + b * noise_put_in, objective.t_cond[timesteps], batch.text, batch.add_time_ids
+    rows = objective.prior(model, inputs, c * latents + d * noise, rows_of, batch.instance_rows)
+    total = (batch.weight * objective.weight[timesteps] * rows).sum() / batch.instance_rows
+    return Loss(total, rows[:batch.instance_rows].detach(), timesteps[:batch.instance_rows])
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizer
@@ -2093,7 +2318,9 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
 
 KEPT_SETTINGS = (
     "rank", "lora_alpha", "caption_dropout", "lora_dropout", "train_text_encoder", "base_precision", "resolution",
-    "train_batch_size", "snr_gamma", "background_loss_weight", "max_grad_norm", "learning_rate", "text_encoder_lr",
+    "train_batch_size", "prediction_type", "rescale_betas_zero_snr", "do_edm_style_training", "snr_gamma",
+    "loss_weighting", "loss_type", "huber_schedule", "huber_c", "noise_offset", "input_perturbation", "min_timestep",
+    "max_timestep", "timestep_bias", "prior_preservation", "dco_beta", "background_loss_weight", "max_grad_norm", "learning_rate", "text_encoder_lr",
     "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1",
     "adam_beta2", "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
 """Flags that make the run what it is. Others, such as --max_train_steps, validation, logging and where things are, may
@@ -2471,13 +2698,14 @@ class Progress:
     """The bar, and what was seen since the last look; only looking waits for the device."""
 
     def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int) -> None:
+        self.timesteps = run.scheduler.config.num_train_timesteps
         self.accelerator, self.scaler, self.lr_scheduler = run.accelerator, run.accelerator.scaler, lr_scheduler
         self.samples_per_step = schedule.samples_per_step
         self.skips = run.args.on_nan == "skip" and not self.scaler  # a scaler skips by itself
         self.max_skipped, self.skipped = run.args.max_skipped_steps, 0
         self.bar = progress_bar(schedule.total_steps, "Training", step)
         self.step, self.seen, self.loss = step, [], math.nan  # seen: of each micro-batch its step, names and loss
-        self.norms, self.finite = [], deque(maxlen=5)
+        self.rows, self.norms, self.finite = [], [], deque(maxlen=5)
         self.looked_at, self.since = step, time.perf_counter()
         self.history = run.output / HISTORY_FILE
         if self.accelerator.is_main_process:
@@ -2485,9 +2713,10 @@ class Progress:
             with written_beside(self.history) as unfinished:
                 unfinished.write_text("".join(lines), encoding="utf-8")
 
-    def note(self, batch: Batch, loss: Tensor) -> None:
+    def note(self, batch: Batch, loss: Loss) -> None:
         """Note a micro-batch."""
-        self.seen.append((self.step + 1, batch.names, loss))
+        self.seen.append((self.step + 1, batch.names, loss.total))
+        self.rows.append((loss.timesteps, loss.rows))
 
     def accept(self, grad_norm: Tensor) -> bool:
         """Count a step that has its gradients; False if it is not to be taken. Raises TrainingError after too many."""
@@ -2521,14 +2750,25 @@ class Progress:
         speed = (self.step - self.looked_at) * self.samples_per_step / (now - self.since)
         told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
                 "samples_per_second": speed, **rates}
+        told |= self.by_timestep()
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **told}) + "\n")
         self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
-        self.seen.clear()
-        self.norms.clear()
+        for seen in (self.seen, self.norms, self.rows):
+            seen.clear()
         self.looked_at, self.since = self.step, now
+
+    def by_timestep(self) -> dict[str, float]:
+        """The mean loss of the subject's rows in each quarter of the timesteps that was seen."""
+        timesteps, rows = (torch.cat(column) for column in zip(*self.rows, strict=True))
+        quarter = (timesteps * 4 // self.timesteps).clamp(max=3)
+        sums, counts = (torch.zeros(4, device=rows.device).index_add(0, quarter, part)
+                        for part in (rows, torch.ones_like(rows)))
+        sums, counts = self.accelerator.reduce(torch.stack([sums, counts]), "sum").tolist()
+        bounds = [self.timesteps * i // 4 for i in range(5)]
+        return {f"loss/timesteps {bounds[i]}-{bounds[i + 1] - 1}": sums[i] / counts[i] for i in range(4) if counts[i]}
 
     def trouble(self, losses: list[float], norms: list[float]) -> str:
         """Name the first step whose numbers are not finite, its pictures and prompts, and what helps."""
@@ -2582,12 +2822,12 @@ def micro_batches(step: int, accumulation: int, accelerator: Accelerator) -> ran
     return range(step * accumulation * world + accelerator.process_index, (step + 1) * accumulation * world, world)
 
 
-def backward(accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+def backward(accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch) -> Loss:
     """Add the gradients of one micro-batch, and return its loss without waiting for it."""
     with accelerator.accumulate(model):
         loss = diffusion_loss(model, objective, batch)
-        accelerator.backward(loss)
-    return loss.detach()
+        accelerator.backward(loss.total)
+    return loss._replace(total=loss.total.detach())
 
 
 def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) -> None:
@@ -2851,14 +3091,22 @@ Use `{trigger}` in your prompt.
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-{vae_line}pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}{vae_argument}, dtype=torch.float16)
-pipeline.to("cuda").load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
+{vae_line}pipeline = StableDiffusionXLPipeline.{loader}({base!r}{vae_argument}, {dtype}=torch.float16)
+{scheduler_line}pipeline.to("cuda").load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
 image = pipeline({prompt!r}, num_inference_steps=25).images[0]
 ```
 
+In ComfyUI, A1111 or Forge: {webui}
+
 ## How it was made
 
-LoRA of rank {rank} on {parts}; VAE in training: {vae}. The command:
+LoRA of rank {rank} on {parts}; VAE in training: {vae}.
+
+| | |
+|---|---|
+{settings}
+
+The pictures that it was trained on: {data}.
 
 {fence}bash
 {command}
@@ -2868,28 +3116,79 @@ TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd
         "stable-diffusion-xl-diffusers"]
 
 
+def describe_data(subject: Sequence[Sample]) -> str:
+    """How many pictures of which sizes there are; as far as they are still where they were."""
+    paths, sizes = list(dict.fromkeys(sample.path for sample in subject)), []
+    for path in paths:
+        with suppress(OSError):
+            sizes.append(picture_size(path))
+    spread = [f"{min(sides)} to {max(sides)}" for sides in zip(*sizes, strict=True)]
+    captioned = len({sample.prompt for sample in subject})
+    return (f"{len(paths)}" + (f", {spread[0]} pixels wide and {spread[1]} high" if sizes else "")
+            + (f", with {captioned} different captions" if captioned > 1 else ""))
+
+
+def card_settings(run: Run, step: int) -> str:
+    """Rows of the card's table: what the trained steps were like."""
+    args = run.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
+    rows = {"steps": step, "pictures a step": batch, "resolution": args.resolution, "rank": args.rank,
+            "alpha": args.lora_alpha or args.rank, "learning rate": args.learning_rate,
+            "schedule": args.lr_scheduler, "optimizer": "AdamW in 8 bits" if args.use_8bit_adam else "AdamW",
+            "precision": run.accelerator.mixed_precision.replace("no", "fp32"),
+            "class preserved by": prior_kind(args) or "nothing", "seed": run.seed}
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def write_samples(run: Run, subject: Sequence[Sample]) -> list[Path]:
+    """Small copies of the pictures that were trained on, for the card, if --card_data_samples asks for them."""
+    folder, samples = run.output / "samples", []
+    remove(folder)
+    for number_, path in enumerate(dict.fromkeys(sample.path for sample in subject if run.args.card_data_samples)):
+        with only_to_look_at("sample of the data"):
+            picture = load_picture(path)
+            picture.thumbnail((512, 512))
+            save_picture(picture, folder / f"{number_:02d}.png")
+            samples.append(folder / f"{number_:02d}.png")
+    return samples[:20]
+
+
 def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> list[Path]:
-    """Write README.md with gallery, trigger words and the command; returns the pictures that the gallery shows."""
+    """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
     args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
-    gallery = sorted(validation_folder(run.output, step).glob("*.png"))
+    gallery, samples = sorted(validation_folder(run.output, step).glob("*.png")), write_samples(run, subject)
     trigger, drawn = args.instance_prompt or subject[0].prompt, run.prompts
     data = ModelCardData(
         license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
         widget=[{"text": drawn[int(path.stem) // args.num_validation_images] or " ",
                  "output": {"url": path.relative_to(run.output).as_posix()}} for path in gallery] or None)
-    command = command_of(args, run.seed)
+    command, single = command_of(args, run.seed), Path(base).is_file()
+    changed = 'prediction_type="v_prediction"' + ', rescale_betas_zero_snr=True, timestep_spacing="trailing"' * bool(
+        run.scheduler.config.get("rescale_betas_zero_snr"))
+    shown = "".join(f" ![picture {i}]({path.relative_to(run.output).as_posix()})" for i, path in enumerate(samples, 1))
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, rank=args.rank,
         pictures=run.pictures, repo=repo, trigger=trigger.replace("`", "'"),
-        prompt=drawn[0] if drawn else trigger,
+        prompt=drawn[0] if drawn else trigger, settings=card_settings(run, step), data=describe_data(subject) + shown,
+        loader="from_single_file" if single else "from_pretrained", dtype="torch_dtype" if single else "dtype",
+        scheduler_line="pipeline.scheduler = type(pipeline.scheduler).from_config(\n    pipeline.scheduler.config, "
+                       f"{changed})\n" if run.scheduler.config.prediction_type == "v_prediction" else "",
+        webui=f"download `{KOHYA_FILE}` into the folder for LoRAs." if args.output_kohya_format else
+        "this repository holds no file for them; `--output_kohya_format` writes one.",
         parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
-        vae_line=f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)\n" if vae else "",
-        vae_argument=", vae=vae" if vae else "", vae=vae or "the base model's own", command=command,
+        vae_line=vae_line(vae) if vae else "", vae_argument=", vae=vae" if vae else "",
+        vae=vae or "the base model's own", command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
     with written_beside(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
-    return gallery
+    return gallery + samples
+
+
+def vae_line(vae: str) -> str:
+    """The line of a card's snippet that loads another VAE."""
+    loader, dtype = ("from_single_file", "torch_dtype") if Path(vae).is_file() else ("from_pretrained", "dtype")
+    return f"vae = AutoencoderKL.{loader}({vae!r}, {dtype}=torch.float16)\n"
 
 
 HUB_WAITS = (1, 3, 9)  # seconds before the Hub is asked again
@@ -3039,6 +3338,7 @@ class Rehearsal:
         self.run, self.args, self.encoders, self.meter = run, run.args, encoders, MemoryMeter()
         self.resolution, self.side = run.args.resolution, run.args.resolution // run.vae_factor
         self.drawn = (run.args.validation_resolution or run.args.resolution) // run.vae_factor
+        self.objective = make_objective(run.args, run.scheduler)
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -3110,12 +3410,12 @@ class Rehearsal:
         moments = [torch.empty_like(adapter, dtype=torch.uint8 if args.use_8bit_adam else None)
                    for adapter in adapters for _ in range(2)]
         self.meter.begin()
-        rows = args.train_batch_size * (1 + args.with_prior_preservation)
+        rows = args.train_batch_size * (1 + (prior_kind(args) in ("pictures", "base_model")))
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
-        latents, columns = torch.empty(2, rows, 4, self.side, self.side), torch.empty(5, 1000)
+        latents = torch.empty(2, rows, 4, self.side, self.side)
         text = (ids, ids) if trained else self.text(rows, self.run.dtype)
         batch = Batch(*latents, text, torch.empty(rows, 6), torch.empty(rows), args.train_batch_size)
-        diffusion_loss(model, Objective(*columns, torch.arange(1000)), batch).backward()
+        diffusion_loss(model, self.objective, batch).total.backward()
         norm = torch.nn.utils.get_total_norm([adapter.grad for adapter in adapters])
         torch.nn.utils.clip_grads_with_norm_(adapters, args.max_grad_norm, norm)
         del moments
@@ -3124,7 +3424,7 @@ class Rehearsal:
 @torch.no_grad()
 def estimate_memory(run: Run) -> dict[str, Cost]:
     """The cost of each phase that the run will have; no weight is read and no kernel is run."""
-    args, prior, validation = run.args, run.args.with_prior_preservation, bool(run.prompts)
+    args, prior, validation = run.args, prior_kind(run.args) == "pictures", bool(run.prompts)
     if args.base_precision == "nf4":
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
     encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
@@ -3274,7 +3574,9 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
     with accelerator.local_main_process_first():
         base, vae = find_sources(args, store)
-    return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store, *load_base_config(base, vae),
+    scheduler, zeros, factor = load_base_config(base, vae)
+    return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store,
+               with_prediction(scheduler, args.prediction_type, args.rescale_betas_zero_snr), zeros, factor,
                prompts=tuple(prompts_to_draw(args)))
 
 
@@ -3327,11 +3629,15 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
     precision = run.accelerator.mixed_precision.replace("no", "fp32")
     packed = "" if args.base_precision == "auto" else f", its linear layers in {args.base_precision},"
     passes = schedule.total_steps / schedule.steps_per_epoch
-    of_class = f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): "{args.class_prompt}"'
+    of_class = {
+        None: "", "dco": "direct consistency: no prediction goes far from the base model's",
+        "pictures": f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): '
+                    f'"{args.class_prompt}"',
+        "base_model": f'what the base model predicts for "{args.class_prompt}"'}
     say([
         ("Subject", f'{run.pictures} picture{"s" * (run.pictures > 1)} in {where}: "{prompts[0]}"{more}'),
         ("Buckets", shapes if args.aspect_ratio_buckets else ""),
-        ("Class", of_class if args.with_prior_preservation else ""),
+        ("Class", of_class[prior_kind(args)]),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"
                  f"{prediction_of(run.scheduler)}"),
         ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
@@ -3370,7 +3676,7 @@ def main(args: argparse.Namespace) -> None:
         if args.estimate_memory:
             say_estimate(run, budget)
             return
-        objective = make_objective(run.scheduler, args.snr_gamma, run.device)
+        objective = make_objective(args, run.scheduler, run.device)
         if run.args.dataset_name:  # a folder was checked at the door
             with run.accelerator.local_main_process_first():
                 fetch_dataset(run.args)
@@ -3410,7 +3716,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     """The phases of a run: the table of contents."""
     args = run.args
     make_class_images(run)
-    samples = subject + class_samples(args)
+    samples = subject + class_samples(args, subject)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
     prompts = [*(sample.prompt for sample in samples), *run.prompts, args.validation_negative_prompt]
     table = build_text(run, prompts, args.train_text_encoder, run.dtype)

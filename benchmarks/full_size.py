@@ -109,11 +109,11 @@ def training_step(run: trainer.Run) -> Callable[[], None]:
     sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * rows, device=device)
     moments = torch.rand(2, rows, 4, side, side, device=device)
     batch = trainer.Batch(*moments, (text[0], text[1].to(run.dtype)), sizes, torch.ones(rows, device=device), rows)
-    objective = trainer.make_objective(run.scheduler, device=device)
+    objective = trainer.make_objective(run.args, run.scheduler, device)
     optimizer, adapters = trainer.make_optimizer(run.args, model, 1), list(model.adapters().values())
 
     def step() -> None:
-        trainer.diffusion_loss(model, objective, batch).backward()
+        trainer.diffusion_loss(model, objective, batch).total.backward()
         torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

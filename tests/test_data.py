@@ -178,7 +178,7 @@ def test_rows_of_a_batch_share_a_bucket_and_have_their_own_time_ids(train, shape
         )
     )
     subject = trainer.instance_samples(run.args)
-    samples, buckets = subject + trainer.class_samples(run.args), trainer.bucket_of_each(run.args, subject)
+    samples, buckets = subject + trainer.class_samples(run.args, subject), trainer.bucket_of_each(run.args, subject)
     table = trainer.build_text(run, {sample.prompt for sample in samples}, False, torch.float32)
     cache = trainer.build_cache(run, samples, buckets, table)
     rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
@@ -306,8 +306,8 @@ def test_masks_count_the_subject_and_little_else(train, masked, tmp_path):
 
 def test_the_masked_loss_is_the_weighted_mean(train, masked):
     """Against the sum over places written out, with min-SNR and a class row beside."""
-    run, batch, _ = batch_of(train, instance_data_dir=masked, masked_loss=True)
-    objective = trainer.make_objective(run.scheduler, 5.0)
+    run, batch, _ = batch_of(train, instance_data_dir=masked, masked_loss=True, snr_gamma=5.0)
+    objective = trainer.make_objective(run.args, run.scheduler)
     batch = batch._replace(weight=torch.tensor([1.0, 0.3]), instance_rows=1)
     answer = torch.randn(2, 4, 8, 8)
     seen = {}
@@ -317,7 +317,7 @@ def test_the_masked_loss_is_the_weighted_mean(train, masked):
         return answer
 
     torch.manual_seed(3)
-    loss = trainer.diffusion_loss(model, objective, batch)
+    loss = trainer.diffusion_loss(model, objective, batch).total
     torch.manual_seed(3)
     torch.randn_like(batch.mean)
     noise = torch.randn_like(batch.mean)

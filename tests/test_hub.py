@@ -204,3 +204,14 @@ def test_a_base_model_of_the_hub(train, hub, tiny):
     assert "0 pictures and prompts encoded, 7 found" in told.stdout
     told = train.shell(env={**env, "HF_HUB_OFFLINE": "0"}, **{**flags, "pretrained_model_name_or_path": "me/absent"})
     assert told.returncode == 2 and "me/absent" in told.stderr and "Traceback" not in told.stderr
+
+
+def test_the_cards_pictures_of_the_data_only_where_they_are_wanted(train, pictures, tmp_path):
+    card = (train(output_dir=tmp_path / "a") / "README.md").read_text()
+    assert "trained on: 5, 24 to 40 pixels wide and 32 to 32 high" in card and "samples/" not in card
+    assert "| class preserved by | nothing |" in card and "--output_kohya_format` writes one" in card
+    assert not (tmp_path / "a" / "samples").exists()
+    output = train(output_dir=tmp_path / "b", card_data_samples=True, output_kohya_format=True)
+    card = (output / "README.md").read_text()
+    assert len(list((output / "samples").iterdir())) == 5 and card.count("![picture ") == 5
+    assert f"download `{trainer.KOHYA_FILE}`" in card

@@ -116,7 +116,7 @@ def test_each_checkpointed_block_keeps_less(train):
         table = trainer.build_text(run, [samples[0].prompt], False, torch.float32)
         cache = trainer.build_cache(run, samples, [(16, 16)] * 5, table)
         batch = cache.batch(table, trainer.Order([range(5)], (), 2, 1), 0)
-        kept.append(saved_bytes(model, batch, trainer.make_objective(run.scheduler)))
+        kept.append(saved_bytes(model, batch, trainer.make_objective(run.args, run.scheduler)))
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0], kept
 
 
@@ -202,18 +202,18 @@ def test_the_estimate_is_what_happens(train, tmp_path, name):
     run = trainer.start(train.args(**flags))
     predicted = trainer.estimate_memory(run)["training"].peak
     subject = trainer.instance_samples(run.args)
-    samples = subject + trainer.class_samples(run.args)
+    samples = subject + trainer.class_samples(run.args, subject)
     table = trainer.build_text(run, {sample.prompt for sample in samples}, run.args.train_text_encoder, run.dtype)
     cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
     order = trainer.Order([range(5)], range(5, len(samples)), flags["train_batch_size"], 1)
-    objective = trainer.make_objective(run.scheduler)
+    objective = trainer.make_objective(run.args, run.scheduler)
     with trainer.MemoryMeter() as meter:
         model = trainer.load_trainable(run).train()
         gc.collect()
         meter.peak = meter.bytes
         optimizer = trainer.make_optimizer(run.args, model, 1)
         for n in range(2):  # the moments are there from the second step on
-            trainer.diffusion_loss(model, objective, cache.batch(table, order, n)).backward()
+            trainer.diffusion_loss(model, objective, cache.batch(table, order, n)).total.backward()
             optimizer.step()
             optimizer.zero_grad()
     weights = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
@@ -293,7 +293,7 @@ def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
         samples = trainer.instance_samples(run.args)
         table = trainer.build_text(run, [samples[0].prompt], False, run.dtype)
         cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
-        order, objective = trainer.Order([range(5)], (), 5, 0), trainer.make_objective(run.scheduler)
+        order, objective = trainer.Order([range(5)], (), 5, 0), trainer.make_objective(run.args, run.scheduler)
         model = trainer.load_trainable(run).train()
         optimizer = trainer.make_optimizer(run.args, model, 1)
         for group in optimizer.param_groups:
@@ -301,7 +301,7 @@ def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
         seen = []
         for n in range(30):
             torch.manual_seed(n)
-            loss = trainer.diffusion_loss(model, objective, cache.batch(table, order, n))
+            loss = trainer.diffusion_loss(model, objective, cache.batch(table, order, n)).total
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -188,7 +188,8 @@ def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
     started = start(
         train.args(with_prior_preservation=True, class_data_dir=classes, class_prompt="a dog", center_crop=True)
     )
-    samples = instance_samples(started.args) + class_samples(started.args)
+    samples = instance_samples(started.args)
+    samples = samples + class_samples(started.args, samples)
     table = build_text(started, ["a photo of sks dog", "a dog"], False, torch.float32)
     cache = build_cache(started, samples, [(16, 16)] * 5, table)
     (shelf,) = cache.shelves

@@ -1,47 +1,198 @@
-"""The table of an objective against the diffusers scheduler and the papers' formulas."""
+"""The table of an objective against diffusers' schedulers and the papers' formulas, in float64 and at both ends."""
+
+import json
+import math
+import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from safetensors.torch import load_file
 
-from train_dreambooth_lora_sdxl import Batch, UserError, diffusion_loss, make_objective
+import train_dreambooth_lora_sdxl as trainer
+from train_dreambooth_lora_sdxl import Batch, UserError, diffusion_loss, make_table
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+WIDE = (slice(None), None, None, None)
+
+
+def make_objective(scheduler, **flags):
+    args = trainer.make_parser().parse_args(["--pretrained_model_name_or_path", "x"])
+    for name, value in flags.items():
+        assert hasattr(args, name)
+        setattr(args, name, value)
+    return trainer.make_objective(args, scheduler)
+
+
+def snr_of(scheduler) -> torch.Tensor:
+    alphas = scheduler.alphas_cumprod.double()
+    return alphas / (1 - alphas)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_columns_are_the_schedulers(prediction_type, rescale):
     scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=rescale, **SDXL)
-    a, b, c, d, _, t_cond = make_objective(scheduler)
+    a, b, c, d, _, t_cond, _ = make_table(scheduler)
     x, noise, t = torch.randn(1000, 4, 2, 2), torch.randn(1000, 4, 2, 2), torch.arange(1000)
-    wide = (slice(None), None, None, None)
-    torch.testing.assert_close(a[wide] * x + b[wide] * noise, scheduler.add_noise(x, noise, t), rtol=1e-4, atol=1e-4)
+    mixed = (a[WIDE] * x + b[WIDE] * noise).float()
+    torch.testing.assert_close(mixed, scheduler.add_noise(x, noise, t), rtol=1e-4, atol=1e-4)
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x, noise, t)
-    torch.testing.assert_close(c[wide] * x + d[wide] * noise, target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((c[WIDE] * x + d[WIDE] * noise).float(), target, rtol=1e-4, atol=1e-4)
     assert (t_cond == t).all()
+
+
+@pytest.mark.parametrize("kind", [EDMDPMSolverMultistepScheduler, EDMEulerScheduler])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_edm_is_the_schedulers_preconditioning(kind, prediction_type):
+    """Model input, what the model is told, and loss: that of the scheduler's denoised latents."""
+    scheduler = kind(prediction_type=prediction_type)
+    table = make_table(scheduler)
+    sigma = scheduler.sigmas[:-1].flip(0).double()
+    count = len(sigma)
+    assert sigma[0] == pytest.approx(0.002, rel=1e-3) and sigma[-1] == pytest.approx(80, rel=1e-3)
+    x, noise, answer = (torch.randn(count, 4, 2, 2, dtype=torch.float64) for _ in range(3))
+    noisy = x + sigma[WIDE] * noise
+    fed = table.a[WIDE] * x + table.b[WIDE] * noise
+    torch.testing.assert_close(fed, scheduler.precondition_inputs(noisy, sigma[WIDE]))
+    torch.testing.assert_close(table.t_cond, scheduler.precondition_noise(sigma))
+    denoised = scheduler.precondition_outputs(noisy, answer, sigma[WIDE])
+    ours = table.weight[WIDE] * (answer - table.c[WIDE] * x - table.d[WIDE] * noise) ** 2
+    torch.testing.assert_close(ours, (denoised - x) ** 2, rtol=1e-8, atol=1e-12)
 
 
 def test_trap_3_min_snr_weights():
     for rescale in (False, True):
         scheduler = DDPMScheduler(rescale_betas_zero_snr=rescale, **SDXL)
-        alphas = scheduler.alphas_cumprod.double()
-        snr = alphas / (1 - alphas)
-        epsilon = make_objective(scheduler, 5.0).weight.double()
+        snr = snr_of(scheduler)
+        epsilon = make_table(scheduler, 5.0).weight
         expected = torch.minimum(snr, torch.tensor(5.0)) / snr.clamp(min=1e-30)
-        torch.testing.assert_close(epsilon[snr > 0], expected[snr > 0], rtol=1e-5, atol=0)
-        velocity = make_objective(
+        torch.testing.assert_close(epsilon[snr > 0], expected[snr > 0], rtol=1e-12, atol=0)
+        velocity = make_table(
             DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescale, **SDXL), 5.0
         )
         torch.testing.assert_close(
-            velocity.weight.double(), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1), rtol=1e-5, atol=1e-12
+            velocity.weight, torch.minimum(snr, torch.tensor(5.0)) / (snr + 1), rtol=1e-12, atol=1e-15
         )
         assert velocity.weight.isfinite().all() and epsilon.isfinite().all()
 
 
-def test_an_unknown_prediction_is_refused():
+PAPERS = {
+    "debiased": lambda snr: 1 / snr.sqrt(),  # arXiv:2310.08442, of epsilon's loss
+    "p2": lambda snr: 1 / (1 + snr),  # arXiv:2204.00227 with k = gamma = 1, of epsilon's loss
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_other_weightings_are_the_papers_and_the_same_for_velocity(name, rescale):
+    """A velocity's loss with its weight is that of epsilon: with one answer, turned into the other, both agree."""
+    epsilon = DDPMScheduler(rescale_betas_zero_snr=rescale, **SDXL)
+    velocity = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescale, **SDXL)
+    snr = snr_of(epsilon)
+    inside = snr > 0
+    ours = make_table(epsilon, None, name)
+    torch.testing.assert_close(ours.weight[inside], PAPERS[name](snr[inside]), rtol=1e-12, atol=0)
+    theirs = make_table(velocity, None, name)
+    assert theirs.weight.isfinite().all() and ours.weight.isfinite().all()
+    x, noise, answer = (torch.randn(1000, 4, dtype=torch.float64) for _ in range(3))
+    a, b = theirs.a[:, None], theirs.b[:, None]
+    as_velocity = (answer - b * (a * x + b * noise)) / a  # epsilon = a v + b model_input
+    target = theirs.c[:, None] * x + theirs.d[:, None] * noise
+    first = ours.weight[:, None] * (answer - noise) ** 2
+    second = theirs.weight[:, None] * (as_velocity - target) ** 2
+    torch.testing.assert_close(first[inside], second[inside], rtol=1e-6, atol=1e-9)
+
+
+def test_edm_style_is_epsilons_plain_loss():
+    assert (make_table(DDPMScheduler(**SDXL), edm_style=True).weight == 1).all()
+    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, **SDXL)
+    weight = make_table(scheduler, edm_style=True).weight
+    torch.testing.assert_close(weight, scheduler.alphas_cumprod.double(), rtol=1e-9, atol=1e-15)
+    assert weight[-1] == 0
+
+
+def test_what_contradicts_is_refused():
     with pytest.raises(UserError, match="sample"):
-        make_objective(DDPMScheduler(prediction_type="sample", **SDXL))
+        make_table(DDPMScheduler(prediction_type="sample", **SDXL))
+    for flags in ({"snr_gamma": 5.0}, {"weighting": "p2"}):
+        with pytest.raises(UserError, match="weights by the EDM formulas"):
+            make_table(EDMEulerScheduler(), **flags)
+    with pytest.raises(UserError, match="--prediction_type v_prediction cannot be had of an EDM model"):
+        trainer.with_prediction(EDMEulerScheduler(), "v_prediction", False)
+    with pytest.raises(UserError, match="--rescale_betas_zero_snr needs --prediction_type v_prediction"):
+        trainer.with_prediction(EulerDiscreteScheduler(**SDXL), None, True)
+    with pytest.raises(UserError, match="EDMEulerScheduler knows nothing of it"):
+        trainer.with_prediction(EDMEulerScheduler(), None, True)
+    with pytest.raises(UserError, match="beyond the model's last timestep"):
+        make_objective(DDPMScheduler(num_train_timesteps=100, **SDXL), min_timestep=100)
+
+
+def test_another_prediction_and_zero_snr_come_from_the_scheduler():
+    scheduler = trainer.with_prediction(EulerDiscreteScheduler(**SDXL), "v_prediction", True)
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
+    assert make_table(scheduler).snr[-1] < 1e-7 and make_table(scheduler).weight.isfinite().all()
+    untouched = EulerDiscreteScheduler(**SDXL)
+    assert trainer.with_prediction(untouched, None, False) is untouched
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_huber_losses_are_square_near_and_linear_far(kind):
+    """arXiv:2403.16728, and torch's own: near nothing as half a square is to it, far away with its slope."""
+    distance, delta = trainer.DISTANCES[kind], torch.tensor(0.1, dtype=torch.float64)
+    scale = delta if kind == "huber" else 1
+    error = torch.tensor([-30.0, 1e-4, 30.0], dtype=torch.float64)
+    expected = 2 * scale * ((error**2 + delta**2).sqrt() - delta)
+    torch.testing.assert_close(distance(error, delta), expected)
+    assert distance(error, delta)[1] == pytest.approx(1e-8 * float(scale) / 0.1, rel=1e-3)
+    theirs = torch.nn.functional.huber_loss(error, torch.zeros(3, dtype=torch.float64), reduction="none", delta=0.1)
+    if kind == "huber":
+        assert distance(error, delta)[2] == pytest.approx(2 * float(theirs[2]), rel=1e-2)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_huber_schedules(rescale):
+    snr = snr_of(DDPMScheduler(rescale_betas_zero_snr=rescale, **SDXL))
+    t, sigma = torch.arange(1000, dtype=torch.float64), 1 / snr.sqrt()
+    assert (trainer.huber_deltas(snr, "constant", 0.2) == 0.2).all()
+    exponential = trainer.huber_deltas(snr, "exponential", 0.1)
+    torch.testing.assert_close(exponential, torch.exp(math.log(0.1) * t / 1000))
+    torch.testing.assert_close(trainer.huber_deltas(snr, "snr", 0.1), 0.9 / (1 + sigma) ** 2 + 0.1)
+    assert trainer.huber_deltas(snr, "snr", 0.1)[-1] == pytest.approx(0.1, abs=0.01)
+
+
+DENSITIES = {
+    "uniform": lambda u: torch.ones_like(u),
+    "earlier": lambda u: 2 - 2 * u,
+    "later": lambda u: 2 * u,
+    "logit-normal": lambda u: torch.exp(-((u / (1 - u)).log() ** 2) / 2) / (math.sqrt(2 * math.pi) * u * (1 - u)),
+}
+
+
+@pytest.mark.parametrize("bias", DENSITIES)
+@pytest.mark.parametrize(("low", "high"), [(0, 999), (100, 899), (500, 500)])
+def test_timesteps_come_as_often_as_their_density_says(bias, low, high):
+    odds = trainer.timestep_odds(1000, low, high, bias)
+    share = torch.diff(odds, prepend=torch.zeros(1, dtype=torch.float64))
+    expected = DENSITIES[bias]((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    expected[:low] = expected[high + 1 :] = 0
+    torch.testing.assert_close(share, expected / expected.sum(), rtol=0.02, atol=2e-6)
+    objective = make_objective(DDPMScheduler(**SDXL), min_timestep=low, max_timestep=high, timestep_bias=bias)
+    rows, seen = batch(500, 500, [1.0] * 500), []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        diffusion_loss(lambda x, t, *rest: seen.append(t) or x, objective, rows)
+    seen = torch.cat(seen)
+    assert seen.min() >= low and seen.max() <= high
+    mean = float((torch.arange(1000) * share).sum())
+    assert abs(float(seen.float().mean()) - mean) < 25
 
 
 def batch(rows, instance_rows, weight):
@@ -54,7 +205,7 @@ def batch(rows, instance_rows, weight):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_traps_1_2_prior_preservation_is_mean_plus_weighted_mean(gamma, kind, size):
     """The usual formula, written out: mean over instance rows + w * mean over class rows, each min-SNR weighted."""
-    objective = make_objective(DDPMScheduler(prediction_type=kind, **SDXL), gamma)
+    objective = make_objective(DDPMScheduler(prediction_type=kind, **SDXL), snr_gamma=gamma)
     rows = batch(2 * size, size, [1.0] * size + [0.7] * size)
     told = []
     torch.manual_seed(5)
@@ -64,14 +215,172 @@ def test_traps_1_2_prior_preservation_is_mean_plus_weighted_mean(gamma, kind, si
     noise = torch.randn_like(rows.mean)
     x, t = told[0]
     column = objective.weight[t]
-    wide = (slice(None), None, None, None)
-    target = objective.c[t][wide] * rows.mean + objective.d[t][wide] * noise
-    row_loss = column * ((0.1 * x - target) ** 2).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(loss, row_loss[:size].mean() + 0.7 * row_loss[size:].mean())
+    target = objective.c[t][WIDE] * rows.mean + objective.d[t][WIDE] * noise
+    row_loss = ((0.1 * x - target) ** 2).mean(dim=(1, 2, 3))
+    weighted = column * row_loss
+    torch.testing.assert_close(loss.total, weighted[:size].mean() + 0.7 * weighted[size:].mean())
+    torch.testing.assert_close(loss.rows, row_loss[:size])
+    assert (loss.timesteps == t[:size]).all()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("loss_type", trainer.LOSS_TYPES)
+def test_everything_together_written_out(kind, loss_type):
+    """Weighting, Huber, offset, perturbation, a class row and a mask in one loss."""
+    flags = {"noise_offset": 0.3, "input_perturbation": 0.2, "loss_type": loss_type, "loss_weighting": "p2"}
+    scheduler = DDPMScheduler(prediction_type=kind, **SDXL)
+    objective, table = make_objective(scheduler, **flags), make_table(scheduler, None, "p2")
+    mask = torch.rand(2, 1, 2, 2)
+    rows = batch(2, 1, [1.0, 0.4])._replace(mask=mask)
+    told = []
+    torch.manual_seed(7)
+    loss = diffusion_loss(lambda x, t, text, ids: told.append((x, t)) or torch.ones_like(x), objective, rows)
+    torch.manual_seed(7)
+    torch.randn_like(rows.mean)
+    noise = torch.randn_like(rows.mean)
+    noise = noise + 0.3 * torch.randn(2, 4, 1, 1)
+    put_in = noise + 0.2 * torch.randn_like(noise)
+    x, t = told[0]
+    a, b, c, d = (column[t][WIDE].float() for column in table[:4])
+    torch.testing.assert_close(x, a * rows.mean + b * put_in)
+    error = 1 - (c * rows.mean + d * noise)
+    delta = trainer.huber_deltas(table.snr, "snr", 0.1)[t][WIDE].float()
+    root = (error**2 + delta**2).sqrt() - delta
+    distance = {"l2": error**2, "huber": 2 * delta * root, "smooth_l1": 2 * root}[loss_type]
+    each = table.weight[t].float() * (distance * mask).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss.total, each[0] + 0.4 * each[1])
+
+
+class TwoModels(torch.nn.Module):
+    """A model whose adapters add a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.change, self.on = torch.nn.Parameter(torch.tensor(0.5)), True
+
+    def without_adapters(self):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def off():
+            self.on = False
+            yield
+            self.on = True
+
+        return off()
+
+    def forward(self, x, t, text, ids):
+        return 0.2 * x + text[0] + self.change * self.on
+
+
+def test_the_base_model_is_the_target_of_the_class_prompts_rows():
+    objective = make_objective(DDPMScheduler(**SDXL), prior_preservation="base_model", class_prompt="a dog")
+    model, rows = TwoModels(), batch(4, 2, [1.0, 1.0, 0.7, 0.7])
+    torch.manual_seed(1)
+    ours = diffusion_loss(model, objective, rows)
+    plain = objective._replace(prior=trainer.prior_of_pictures)
+    torch.manual_seed(1)
+    subject = diffusion_loss(model, plain, rows).rows.mean()
+    torch.testing.assert_close(ours.total, subject + 0.7 * model.change.square())  # it moved by that from the base
+    ours.total.backward()
+    assert model.change.grad.isfinite() and model.on
+
+
+def test_direct_consistency_is_the_papers_loss():
+    """-log sigmoid(-beta (error - error of the base)) (arXiv:2402.12004), here over beta."""
+    objective = make_objective(DDPMScheduler(**SDXL), prior_preservation="dco", dco_beta=20.0)
+    model, rows = TwoModels(), batch(3, 3, [1.0] * 3)
+    torch.manual_seed(1)
+    ours = diffusion_loss(model, objective, rows)
+    plain = objective._replace(prior=trainer.prior_of_pictures)
+    torch.manual_seed(1)
+    now = diffusion_loss(model, plain, rows).rows
+    model.on = False
+    torch.manual_seed(1)
+    before = diffusion_loss(model, plain, rows).rows
+    torch.testing.assert_close(ours.total, (-torch.sigmoid(-20 * (now - before)).log() / 20).mean())
 
 
 def test_latents_are_sampled_anew_each_time():
     objective = make_objective(DDPMScheduler(**SDXL))
     rows = batch(2, 2, [1.0, 1.0])._replace(std=torch.ones(2, 4, 2, 2))
-    losses = {float(diffusion_loss(lambda x, t, text, ids: x, objective, rows)) for _ in range(3)}
+    losses = {float(diffusion_loss(lambda x, t, text, ids: x, objective, rows).total) for _ in range(3)}
     assert len(losses) == 3
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+
+
+def with_scheduler(tiny, folder, scheduler):
+    """The tiny model with another scheduler and a VAE with moments, as Playground v2.5 has them."""
+    shutil.copytree(tiny, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    vae |= {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+    (folder / "vae" / "config.json").write_text(json.dumps(vae))
+    return folder
+
+
+def drawn_by_a_user(folder, output, prompt, scheduler=None):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.scheduler = scheduler or pipeline.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(output)
+    seeded = torch.Generator().manual_seed(1)
+    return pipeline(prompt, num_inference_steps=25, generator=seeded, height=16, width=16).images[0].tobytes()
+
+
+@pytest.mark.parametrize("scheduler", [EDMDPMSolverMultistepScheduler(), EDMEulerScheduler()])
+def test_an_edm_model_trains_and_draws_as_a_user_draws(train, tiny, tmp_path, scheduler):
+    base = with_scheduler(tiny, tmp_path / "base", scheduler)
+    flags = {"pretrained_model_name_or_path": base, "validation_prompt": "a dog", "num_validation_images": 1}
+    output = train(**flags, max_train_steps=3, do_edm_style_training=True)
+    picture = Image.open(output / "validation/step-000003/00.png").tobytes()
+    assert picture == drawn_by_a_user(base, output, "a dog")
+
+
+def test_another_prediction_draws_with_it_and_the_card_says_so(train, tiny):
+    flags = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "validation_prompt": "a dog"}
+    output = train(**flags, num_validation_images=1, max_train_steps=2)
+    scheduler = trainer.with_prediction(
+        StableDiffusionXLPipeline.from_pretrained(tiny).scheduler, "v_prediction", True
+    )
+    picture = Image.open(output / "validation/step-000002/00.png").tobytes()
+    assert picture == drawn_by_a_user(tiny, output, "a dog", scheduler)
+    card = (output / "README.md").read_text()
+    assert "rescale_betas_zero_snr=True" in card and 'prediction_type="v_prediction"' in card
+
+
+@pytest.mark.parametrize("encoders", [False, True])
+@pytest.mark.parametrize("kind", ["base_model", "dco"])
+def test_the_class_is_preserved_without_pictures(train, tmp_path, kind, encoders):
+    """No picture is drawn, resuming is exact, and it pulls: with a heavy weight the adapters move less."""
+    flags = {"prior_preservation": kind, "train_text_encoder": encoders, "text_encoder_lr": 1e-3}
+    flags |= {"learning_rate": 1e-3, "max_train_steps": 4, "checkpointing_steps": 2, "aspect_ratio_buckets": "auto"}
+    flags |= {"class_prompt": "a photo of a dog"} if kind == "base_model" else {}
+    whole = load_file(train(**flags, output_dir=tmp_path / "a") / trainer.LORA_FILE)
+    train(**{**flags, "max_train_steps": 2}, output_dir=tmp_path / "b")
+    resumed = load_file(
+        train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest") / trainer.LORA_FILE
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not list((tmp_path / "a").rglob("generated-*"))
+
+
+def test_losses_are_told_by_range_of_timesteps(train):
+    output = train(max_train_steps=20, train_batch_size=5, max_timestep=499, log_level="warning")
+    entries = trainer.read_history(output)
+    names = {name for entry in entries for name in entry if name.startswith("loss/")}
+    assert names == {"loss/timesteps 0-249", "loss/timesteps 250-499"}
+    assert "loss/timesteps 0-249" in (output / "report.html").read_text()
+    run = trainer.start(train.args())
+    progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1), 0)
+    progress.rows = [
+        (torch.tensor([0, 249, 250]), torch.tensor([1.0, 3.0, 5.0])),
+        (torch.tensor([999]), torch.tensor([7.0])),
+    ]
+    expected = {"loss/timesteps 0-249": 2.0, "loss/timesteps 250-499": 5.0, "loss/timesteps 750-999": 7.0}
+    assert progress.by_timestep() == expected

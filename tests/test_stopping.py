@@ -238,7 +238,8 @@ def poisoned(steps: set[int]):
 
     def loss(*arguments):
         calls.append(None)
-        return real(*arguments) * (math.nan if len(calls) in steps else 1)
+        told = real(*arguments)
+        return told._replace(total=told.total * (math.nan if len(calls) in steps else 1))
 
     return loss
 
@@ -264,7 +265,12 @@ def test_a_gradient_that_overflows_is_named_too(train, monkeypatch):
             return grad * math.inf
 
     real = trainer.diffusion_loss
-    monkeypatch.setattr(trainer, "diffusion_loss", lambda *arguments: Overflow.apply(real(*arguments)))
+
+    def overflowing(*arguments):
+        told = real(*arguments)
+        return told._replace(total=Overflow.apply(told.total))
+
+    monkeypatch.setattr(trainer, "diffusion_loss", overflowing)
     with pytest.raises(trainer.TrainingError, match=r"step 1 has gradient norm (nan|inf), with .*\.png"):
         train()
     assert not (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
