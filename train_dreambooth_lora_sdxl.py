@@ -13,7 +13,7 @@
 #     "filelock>=4.2",
 #     "tensorboard>=2.21.0",
 #     "wandb>=0.31.0",
-#     "pillow>=13.0",
+#     "pillow>=12.3",
 #     "numpy>=2.4",
 #     "pyyaml>=6.0",
 #     "tqdm>=4.67",
@@ -78,7 +78,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -208,7 +208,7 @@ COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 -
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
-TRACKERS = ("tensorboard", "wandb", "comet_ml")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -621,6 +621,11 @@ def quiet(log_level: str) -> None:
         warnings.filterwarnings("ignore")
         for library in ("accelerate", "bitsandbytes", "diffusers", "httpx", "peft", "transformers", "wandb"):
             logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def hushed() -> AbstractContextManager:
+    """Swallow what a library prints instead of logging it, unless the level is debug."""
+    return nullcontext() if logger.isEnabledFor(logging.DEBUG) else redirect_stdout(io.StringIO())
 
 
 def hide_token() -> None:
@@ -2553,6 +2558,10 @@ def track_pictures(tracker: Any, arrays: list[np.ndarray], step: int) -> None:
         tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
     elif tracker.name == "wandb":
         tracker.log_images({"validation": arrays}, step=step)
+    elif tracker.name == "trackio":
+        from trackio import Image as Picture
+
+        tracker.log({f"validation/{index:02d}": Picture(array) for index, array in enumerate(arrays)}, step=step)
     else:
         for index, array in enumerate(arrays):
             tracker.tracker.log_image(array, name=f"validation/{index:02d}", step=step)
@@ -3732,7 +3741,10 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
                     make_validator(run, model, table, report), schedule, cache.digest)
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, report, (time.perf_counter() - started) / 60)
-    run.accelerator.end_training()
+    with hushed():
+        if args.report_to in ("trackio", "all") and "trackio" in sys.modules:
+            sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
+        run.accelerator.end_training()
     if outcome.stopped_by:
         command = f"accelerate launch {Path(__file__).name} --config {run.output / CONFIG_FILE}"
         raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. Go on "
@@ -3762,7 +3774,8 @@ def open_output(run: Run) -> None:
         write_config(args, run.seed)
     settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
                 for key, value in public_settings(args, run.seed).items()}
-    run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
+    with hushed():
+        run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
 
 
 def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject: Sequence[Sample],

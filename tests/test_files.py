@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,24 @@ def test_trap_28_wandb_gets_them_too(train):
     assert len(list(output.rglob("media/images/*.png"))) == 2
     assert not any(b"hf_marked" in path.read_bytes() for path in output.rglob("*") if path.is_file())
     assert not (train.folder / "wandb").exists()
+
+
+def test_trap_28_trackio_gets_them_on_this_machine(train, tmp_path):
+    """Its own reader finds scalars, settings without secrets, and pictures; its chatter is not ours."""
+    env = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    flags = {"max_train_steps": 10, "validation_prompt": "a dog", "num_validation_images": 1, "log_level": "info"}
+    told = train.shell(report_to="trackio", hub_token="hf_marked", env=env, **flags)
+    assert told.returncode == 0, told.stderr
+    assert "Trackio" not in told.stdout + told.stderr and "dashboard" not in told.stdout
+    read = "import json; from trackio.sqlite_storage import SQLiteStorage as S; p = 'dreambooth-lora-sdxl'; "
+    read += "print(json.dumps(S.get_logs(p, S.get_runs(p)[0])))"
+    environment = {**os.environ, **env}
+    told = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, check=True)
+    logs = [entry for entry in json.loads(told.stdout.splitlines()[-1]) if "loss" in entry]
+    assert {"loss", "grad_norm", "lr/unet", "samples_per_second", "peak_memory_gb"} <= set(logs[0])
+    assert [entry["step"] for entry in logs] == [10]
+    assert len(list((tmp_path / "trackio").rglob("*.png"))) == 2
+    assert not any(b"hf_marked" in path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
 
 
 def test_trap_28_comet_gets_them_offline(train, tmp_path):
