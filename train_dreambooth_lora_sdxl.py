@@ -69,6 +69,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import string
 import sys
 import tempfile
@@ -99,6 +100,7 @@ GB = 1e9
 TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
+TWINS = ("pissa", "olora")  # of --lora_init: adapters that begin as a part of the weights, which a twin takes away
 VAE_KEYS = ("encoder.conv_in.weight$", "decoder.conv_out.weight$")  # what a single file of each kind must have
 SDXL_KEYS = ("^model.diffusion_model.input_blocks.0.0.weight", "^first_stage_model.encoder.conv_in.weight",
              "^conditioner.embedders.0.transformer.text_model.", "^conditioner.embedders.1.model.positional_embedding")
@@ -204,9 +206,71 @@ def bucket_list(text: str) -> str:
     return text
 
 
+def patterns(text: str) -> str:
+    """An argparse type: regular expressions, divided by commas."""
+    try:
+        re.compile(text.replace(",", "|"))
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no pattern ({error})") from None
+    return text
+
+
+def block_rules(text: str) -> str:
+    """An argparse type: blocks of the UNet, each perhaps with a rank, and that with a learning rate."""
+    for rule in text.split(","):
+        if not re.fullmatch(r"(down_blocks|up_blocks|mid_block)[\w.]*(=\d{1,4}(:\d[\d.e-]*)?)?", rule.strip()):
+            raise argparse.ArgumentTypeError(f"'{rule}' is not BLOCK, BLOCK=RANK or BLOCK=RANK:RATE, such as "
+                                             "up_blocks.0=16:2e-4")
+    return text
+
+
+class BlockRule(NamedTuple):
+    """A block of the UNet by its name's beginning, with its own rank and learning rate."""
+
+    block: str
+    rank: int | None
+    rate: float | None
+
+
+def rules_of(args: argparse.Namespace) -> list[BlockRule]:
+    """The blocks that are adapted, by the flag or the preset; none are all."""
+    if not args.lora_unet_blocks:
+        return [BlockRule(block, None, None) for block in LORA_PRESETS[args.lora_preset][0]]
+    found = (re.fullmatch(r"([\w.]+)(?:=(\d+)(?::(.+))?)?", rule.strip()) for rule in args.lora_unet_blocks.split(","))
+    return [BlockRule(rule[1], int(rule[2]) if rule[2] else None, float(rule[3]) if rule[3] else None)
+            for rule in found]
+
+
+class YesNoTrueFalse(argparse.BooleanOptionalAction):
+    """--flag and --no-flag, and --flag True or False, as old commands write."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, dest, **keywords)
+        self.nargs = "?"
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        """Set the flag."""
+        truth = {None: True, "true": True, "false": False}.get(values if values is None else str(values).lower())
+        if truth is None:
+            parser.error(f"argument {option_string}: '{values}' is neither True nor False")
+        setattr(namespace, self.dest, truth != str(option_string).startswith("--no-"))
+
+
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
+OPTIMIZER_PACKAGES = {
+    "adamw": "torch", "adamw8bit": "bitsandbytes", "paged_adamw8bit": "bitsandbytes", "lion8bit": "bitsandbytes",
+    "prodigy": "prodigyopt", "adafactor": "transformers", "schedule_free": "schedulefree"}
+ATTENTION = ("to_k", "to_q", "to_v", r"to_out\.0")
+LINEAR = (*ATTENTION, r"ff\.net\.0\.proj", r"ff\.net\.2", r"attentions\.\d+\.proj_in", r"attentions\.\d+\.proj_out")
+LORA_PRESETS = {  # blocks by their beginnings, layers by their ends; B-LoRA's blocks are of arXiv:2403.14572
+    "attention": ((), ATTENTION), "attention+ff": ((), LINEAR),
+    "full": ((), (*LINEAR, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", r"samplers\.0\.conv",
+                  "linear_1", "linear_2")),
+    "b-lora-content": (("up_blocks.0.attentions.0",), ATTENTION),
+    "b-lora-style": (("up_blocks.0.attentions.1",), ATTENTION)}
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -271,6 +335,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--rank", type=number(int, 1, high=4096), default=4, help="of the LoRA matrices")
     add("--lora_alpha", type=POSITIVE, help="scale is lora_alpha / rank; default: the rank")
     add("--lora_dropout", type=number(float, 0), default=0.0)
+    add("--use_rslora", action=YES_NO, default=False, help="scale is lora_alpha / sqrt(rank)")
+    add("--use_dora", action=YES_NO, default=False, help="a magnitude of its own for each output of the UNet's layers")
+    add("--lora_init", choices=["gaussian", "kaiming", "orthogonal", "pissa", "olora"], default="gaussian",
+        help="the last two begin with the weights' largest directions, at twice the rank in the file")
+    add("--lora_preset", choices=list(LORA_PRESETS), default="attention", help="which of the UNet's layers are adapted")
+    add("--lora_layers", type=patterns, metavar="NAME,...", help="instead: layers by their names' ends, or patterns")
+    add("--lora_unet_blocks", type=block_rules, metavar="BLOCK[=RANK[:RATE]],...",
+        help="only in these blocks, such as up_blocks.0=16:2e-4,down_blocks.2")
     add("--train_text_encoder", action=YES_NO, default=False, help="LoRA on both text encoders too")
 
     add = parser.add_argument_group("training").add_argument
@@ -286,7 +358,15 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--lr_warmup_steps", type=INDEX, default=500, help="in optimizer steps; the constant schedule has none")
     add("--lr_num_cycles", type=COUNT, default=1, help="of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, help="of polynomial")
-    add("--use_8bit_adam", action=YES_NO, default=False, help="bitsandbytes AdamW with 8-bit moments")
+    add("--optimizer", type=str.lower, choices=list(OPTIMIZER_PACKAGES), default="adamw")
+    add("--use_8bit_adam", action=YES_NO, default=False, help="the same as --optimizer adamw8bit")
+    add("--loraplus_lr_ratio", type=POSITIVE, help="LoRA+: the rate of the B matrices over that of the A; 16 is usual")
+    add("--prodigy_beta3", type=NOT_NEGATIVE, help="default: the root of --adam_beta2")
+    add("--prodigy_decouple", action=YesNoTrueFalse, default=True, help="weight decay as AdamW has it")
+    add("--prodigy_use_bias_correction", action=YesNoTrueFalse, default=True)
+    add("--prodigy_safeguard_warmup", action=YesNoTrueFalse, default=True, help="steps of the warm-up count less")
+    add("--use_ema", action=YES_NO, default=False, help="draw with and write the adapters' running mean")
+    add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after so many a step counts half")
     add("--adam_beta1", type=NOT_NEGATIVE, default=0.9)
     add("--adam_beta2", type=NOT_NEGATIVE, default=0.999)
     add("--adam_epsilon", type=POSITIVE, default=1e-8)
@@ -419,6 +499,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
     check_objective_flags(args)
+    check_adapter_flags(args)
+    check_optimizer_flags(args)
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
     if Path(args.pretrained_vae_model_name_or_path or "").is_file():
@@ -480,9 +562,60 @@ def check_objective_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
 
 
+def check_adapter_flags(args: argparse.Namespace) -> None:
+    """Flags of the adapters that contradict each other. Raises UserError."""
+    if args.lora_layers and args.lora_preset != "attention":
+        raise UserError("--lora_layers and --lora_preset both say which layers are adapted; give one of them.")
+    if args.lora_unet_blocks and LORA_PRESETS[args.lora_preset][0]:
+        raise UserError(f"--lora_unet_blocks and --lora_preset {args.lora_preset} both say which blocks are adapted; "
+                        "give one of them.")
+    if args.use_dora and args.base_precision != "auto":
+        raise UserError(f"--use_dora needs the weights unpacked, --base_precision {args.base_precision} packs them; "
+                        "leave one out.")
+    if args.use_dora and args.lora_init in TWINS:
+        raise UserError(f"--use_dora and --lora_init {args.lora_init} cannot be combined; leave one out.")
+    if args.lora_preset == "full" and args.lora_init in (*TWINS, "orthogonal"):
+        raise UserError(f"--lora_init {args.lora_init} is for linear layers, --lora_preset full has convolutions; "
+                        "use another of one.")
+    ranks = {args.rank, *(rule.rank for rule in rules_of(args) if rule.rank is not None)}
+    if args.lora_init == "orthogonal" and any(rank % 2 for rank in ranks):
+        raise UserError(f"--lora_init orthogonal needs an even --rank, not {max(ranks)}.")
+    if 0 in ranks:
+        raise UserError("--lora_unet_blocks: a rank must be at least 1.")
+
+
+def optimizer_name(args: argparse.Namespace) -> str:
+    """The optimizer, in the table's words."""
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer
+
+
+def check_optimizer_flags(args: argparse.Namespace) -> None:
+    """Flags of the optimizer that contradict each other. Raises UserError."""
+    name = optimizer_name(args)
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+        raise UserError(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other; leave one out.")
+    if args.use_ema and name == "schedule_free":
+        raise UserError("--use_ema and --optimizer schedule_free both average the adapters; leave one out.")
+    if name == "schedule_free" and args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise UserError(f"--optimizer schedule_free needs no --lr_scheduler {args.lr_scheduler}; leave it out.")
+    if name != "prodigy":
+        return
+    rates = {
+        "--text_encoder_lr": args.train_text_encoder and args.text_encoder_lr not in (5e-6, args.learning_rate),
+        "--loraplus_lr_ratio": args.loraplus_lr_ratio not in (None, 1),
+        "--lora_unet_blocks": any(rule.rate for rule in rules_of(args))}
+    for flag, differs in rates.items():
+        if differs:
+            raise UserError(f"--optimizer prodigy finds one rate for all, and {flag} sets another; leave one out.")
+    if args.learning_rate < 0.1:
+        logger.warning("warning: --optimizer prodigy finds the rate by itself, as a multiple of --learning_rate: use "
+                       "--learning_rate 1, not %g.", args.learning_rate)
+
+
 def check_packages(args: argparse.Namespace) -> None:
     """Optional packages that were asked for must be there."""
-    needed = {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
+    needed = {"--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}":
+              OPTIMIZER_PACKAGES[optimizer_name(args)]}
     if args.base_precision == "nf4":
         needed["--base_precision nf4"] = "bitsandbytes"
     if args.dataset_name:
@@ -1114,7 +1247,6 @@ PART_CLASSES = {
     "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
 }
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 
 
@@ -1288,10 +1420,13 @@ def low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> T
     return output + nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
-def lean_forward(layer: nn.Module, dtype: torch.dtype, compiled: bool) -> tuple[Callable, list[tuple[Tensor, Tensor]]]:
+def lean_forward(layer: nn.Module, dtype: torch.dtype,
+                 compiled: bool) -> tuple[Callable | None, list[tuple[Tensor, Tensor]]]:
     """A forward for one of peft's linear layers, and (master, copy) of A and B, where it reads copies in dtype."""
     base, dropout, scale = layer.base_layer, layer.lora_dropout["default"], layer.scaling["default"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if not isinstance(layer, peft.tuners.lora.Linear) or layer.lora_variant:
+        return None, []  # a convolution, or DoRA: peft's own
     if compiled:
         return lambda x: low_rank(base(x), dropout(x), a, b, scale), []
     half_a, half_b = a.detach().to(dtype), b.detach().to(dtype)  # the same storage where dtype is float32
@@ -1320,7 +1455,7 @@ class TrainableSDXL(nn.Module):
         """Run the adapters through kernels of their own, or as peft does."""
         for layer in self.layers:
             vars(layer).pop("forward", None)
-            if lean and layer in self.forwards:
+            if lean and self.forwards[layer]:
                 layer.forward = self.forwards[layer]
 
     @contextmanager
@@ -1332,6 +1467,11 @@ class TrainableSDXL(nn.Module):
             yield
         finally:
             self.run_lean(True)
+
+    def scales(self) -> dict[str, float]:
+        """What each adapted module's B A is multiplied with, by component and module."""
+        return {f"{component}.{name}": layer.scaling["default"] for component, part in self.components().items()
+                for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
 
     def components(self) -> dict[str, nn.Module]:
         """Its parts by the names that diffusers gives them."""
@@ -1456,13 +1596,66 @@ def checkpoint_blocks(unet: UNet2DConditionModel, count: int, dropout: float) ->
         unet.enable_gradient_checkpointing(call)
 
 
-def add_adapters(args: argparse.Namespace, part: nn.Module, targets: list[str] | str) -> None:
-    """Put float32 LoRA adapters on a frozen part's modules."""
-    part.add_adapter(peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, target_modules=targets,
-                                     lora_dropout=args.lora_dropout, init_lora_weights="gaussian"))
+def unet_targets(args: argparse.Namespace) -> str:
+    """A pattern of the UNet's modules that get adapters."""
+    layers = args.lora_layers.split(",") if args.lora_layers else LORA_PRESETS[args.lora_preset][1]
+    within = "|".join(re.escape(rule.block) for rule in rules_of(args))
+    return (rf"(?:{within})\." if within else "") + rf".*(?:{'|'.join(layer.strip() for layer in layers)})"
+
+
+def adapter_config(args: argparse.Namespace, targets: str, rules: Sequence[BlockRule] = (),
+                   dora: bool = False) -> peft.LoraConfig:
+    """The adapters of one part; with a twin the rank is doubled, and the scale stays."""
+    alpha, fold = args.lora_alpha or args.rank, 2 if args.lora_init in TWINS else 1
+    own = {rf"{re.escape(rule.block)}\..*": rule.rank * fold for rule in rules if rule.rank}
+    if args.use_rslora and fold == 2:
+        alpha = alpha / math.sqrt(2)  # the scale of the rank that was asked for
+    return peft.LoraConfig(
+        r=args.rank * fold, lora_alpha=alpha * fold, target_modules=targets, lora_dropout=args.lora_dropout,
+        rank_pattern=own, alpha_pattern={block: alpha * rank / args.rank for block, rank in own.items()},
+        init_lora_weights={"kaiming": True, "orthogonal": "orthogonal"}.get(args.lora_init, "gaussian"),
+        use_rslora=args.use_rslora, use_dora=dora)
+
+
+def add_adapters(args: argparse.Namespace, part: nn.Module, targets: str, rules: Sequence[BlockRule] = (),
+                 dora: bool = False) -> None:
+    """Put float32 LoRA adapters on a frozen part's modules. Raises UserError if there is no such module."""
+    try:
+        part.add_adapter(adapter_config(args, targets, rules, dora))
+    except ValueError as error:
+        raise UserError(f"--lora_layers or --lora_unet_blocks name nothing that the {type(part).__name__} has "
+                        f"({first_line(error)[:80]}).") from error
+    adapted = [name for name, layer in part.named_modules() if hasattr(layer, "lora_A")]
+    for rule in rules:
+        if not any(name.startswith(f"{rule.block}.") for name in adapted):
+            raise UserError(f"--lora_unet_blocks {rule.block}: the base model has no such block with layers to adapt.")
     for parameter in part.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
+    for layer in (layer for layer in part.modules() if hasattr(layer, "lora_A") and args.lora_init in TWINS):
+        begin_as_weights(layer, args.lora_init)
+
+
+def begin_as_weights(layer: nn.Module, kind: str) -> None:
+    """Let the first half of A and B be peft's PiSSA or OLoRA of the weight, the second their frozen negative.
+
+    peft takes that part out of the weight instead, which would change the base model for whoever loads the file, and
+    round it; here base and file stay true, at twice the rank.
+    """
+    a, b, base = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer
+    rank = len(a) // 2
+    copy = nn.Linear(base.in_features, base.out_features, bias=False, device=a.device)
+    copy.weight.data = base.weight.detach().float().clone()  # peft takes away in place
+    if a.device.type == "meta":
+        return
+    kind = "pissa_niter_4" if kind == "pissa" else kind  # a whole decomposition takes a second a layer
+    scale = layer.scaling["default"]
+    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, init_lora_weights=kind)
+    drawn = peft.tuners.lora.Linear(copy, "default", config, r=rank, lora_alpha=scale * rank)
+    first_a, first_b = drawn.lora_A["default"].weight.data, drawn.lora_B["default"].weight.data
+    a.data, b.data = torch.cat([first_a, first_a]), torch.cat([first_b, -first_b], dim=1)
+    a.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
+    b.register_hook(lambda grad: torch.cat([grad[:, :rank], torch.zeros_like(grad[:, rank:])], dim=1))
 
 
 def load_unet(run: Run, dtype: torch.dtype, adapted: bool = False) -> UNet2DConditionModel:
@@ -1470,7 +1663,8 @@ def load_unet(run: Run, dtype: torch.dtype, adapted: bool = False) -> UNet2DCond
     packed = run.args.base_precision != "auto"
     unet = load_part(run.base, "unet", dtype, torch.device("cpu") if packed else run.device)
     if adapted:
-        add_adapters(run.args, unet, UNET_TARGETS)  # before packing: peft knows plain linear layers
+        # before packing: peft knows plain linear layers
+        add_adapters(run.args, unet, unet_targets(run.args), rules_of(run.args), run.args.use_dora)
     if packed:
         pack_unet(unet, run.args.base_precision, run.device)
     return unet.to(run.device)
@@ -2296,19 +2490,150 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     return Schedule(total_steps, steps_per_epoch, samples_per_step)
 
 
+class Kind(NamedTuple):
+    """An optimizer: how it is made of parameter groups, and what its state takes."""
+
+    make: Callable[[list[dict[str, Any]], argparse.Namespace], torch.optim.Optimizer]
+    state_bytes: int  # a trained parameter, on the device
+
+
+def from_library(package: str, name: str, **fixed: Any) -> Callable[..., torch.optim.Optimizer]:
+    """A maker of one of a library's optimizers with Adam's settings; it is imported when it is made."""
+
+    def make(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
+        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **fixed}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        return getattr(importlib.import_module(package), name)(groups, **settings)
+
+    return make
+
+
+def make_prodigy(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Prodigy (arXiv:2306.06101), which finds the rate by itself: one for all groups."""
+    return from_library(
+        "prodigyopt", "Prodigy", beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
+        use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup)(
+            [{**group, "lr": args.learning_rate} for group in groups], args)
+
+
+def make_adafactor(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Adafactor (arXiv:1804.04235) at the rate of the schedule, instead of one of its own."""
+    return from_library("transformers", "Adafactor", betas=None, eps=(1e-30, 1e-3), scale_parameter=False,
+                        relative_step=False, warmup_init=False)(groups, args)
+
+
+def make_schedule_free(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Schedule-free AdamW (arXiv:2405.15682); it warms up by itself."""
+    optimizer = from_library("schedulefree", "AdamWScheduleFree", warmup_steps=args.lr_warmup_steps)(groups, args)
+    optimizer.train()
+    return optimizer
+
+
+OPTIMIZERS = {
+    "adamw": Kind(from_library("torch.optim", "AdamW", fused=True), 8),  # one launch for a thousand small tensors
+    "adamw8bit": Kind(from_library("bitsandbytes.optim", "AdamW8bit"), 2),
+    "paged_adamw8bit": Kind(from_library("bitsandbytes.optim", "PagedAdamW8bit"), 2),
+    "lion8bit": Kind(from_library("bitsandbytes.optim", "Lion8bit", eps=None), 1),
+    "prodigy": Kind(make_prodigy, 16), "adafactor": Kind(make_adafactor, 0),
+    "schedule_free": Kind(make_schedule_free, 8)}
+
+
 def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_step: int) -> torch.optim.Optimizer:
-    """AdamW over the adapters; the text encoders' have their own learning rate and weight decay."""
-    scale = samples_per_step if args.scale_lr else 1
-    unet = [parameter for name, parameter in model.adapters().items() if name.startswith("unet.")]
-    groups = [{"params": unet, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
-    if args.train_text_encoder:
-        encoders = [parameter for name, parameter in model.adapters().items() if not name.startswith("unet.")]
-        groups.append({"params": encoders, "lr": args.text_encoder_lr * scale,
-                       "weight_decay": args.adam_weight_decay_text_encoder})
-    adamw: Callable = functools.partial(torch.optim.AdamW, fused=True)  # one launch for a thousand small tensors
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as adamw  # noqa: N813 (a second that only this flag costs)
-    return adamw(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+    """The optimizer over the adapters, in groups of one rate and weight decay, each with the name of its rate."""
+    scale, rules, groups = samples_per_step if args.scale_lr else 1, rules_of(args), {}
+    for name, parameter in model.adapters().items():
+        component = name.partition(".")[0].rstrip("s")
+        own = next((rule for rule in rules if rule.rate and name.startswith(f"unet.{rule.block}.")), None)
+        if component == "unet":
+            rate, decay = own.rate if own else args.learning_rate, args.adam_weight_decay
+        else:
+            rate, decay = args.text_encoder_lr, args.adam_weight_decay_text_encoder
+        label = f"{component}/{own.block}" if own else component
+        if args.loraplus_lr_ratio and "lora_B" in name:  # LoRA+ (arXiv:2402.12354)
+            rate, label = rate * args.loraplus_lr_ratio, f"{label}/B"
+        decay = 0.0 if args.lora_init in TWINS else decay  # it would pull at the frozen halves, too
+        group = groups.setdefault(label, {"params": [], "lr": rate * scale, "weight_decay": decay, "name": label})
+        group["params"].append(parameter)
+    return OPTIMIZERS[optimizer_name(args)].make(list(groups.values()), args)
+
+
+class Average:
+    """What pictures are drawn with and files written from, if that is not what is trained: nothing else, here."""
+
+    def update(self) -> None:
+        """Take a step into account."""
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The average in the place of the adapters, for as long as the block lasts."""
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what state_dict gave."""
+
+
+class MovingAverage(Average):
+    """An exponential moving average of the adapters, in which a step counts half after half_life steps."""
+
+    def __init__(self, adapters: Sequence[nn.Parameter], half_life: float) -> None:
+        self.adapters, self.decay = adapters, 0.5 ** (1 / half_life)
+        self.mean = [adapter.detach().clone() for adapter in adapters]
+
+    def update(self) -> None:
+        """Let the step count."""
+        torch._foreach_lerp_(self.mean, [adapter.detach() for adapter in self.adapters], 1 - self.decay)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The mean in the place of the adapters."""
+        exact = [adapter.data for adapter in self.adapters]
+        for adapter, mean in zip(self.adapters, self.mean, strict=True):
+            adapter.data = mean.clone()
+        try:
+            yield
+        finally:
+            for adapter, data in zip(self.adapters, exact, strict=True):
+                adapter.data = data
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean."""
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the mean."""
+        torch._foreach_copy_(self.mean, state["mean"])
+
+
+class ScheduleFree(Average):
+    """Schedule-free optimizers train at one place and are good at another, which their eval() moves to."""
+
+    def __init__(self, adapters: Sequence[nn.Parameter], optimizer: Any) -> None:
+        self.adapters, self.optimizer = adapters, optimizer
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The place that is good; there and back again in arithmetic would not be exact, so copies move."""
+        exact = [adapter.data for adapter in self.adapters]
+        for adapter in self.adapters:
+            adapter.data = adapter.data.clone()
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            for adapter, data in zip(self.adapters, exact, strict=True):
+                adapter.data = data
+
+
+def make_average(args: argparse.Namespace, adapters: Sequence[nn.Parameter], optimizer: Any) -> Average:
+    """What is drawn with and written."""
+    if args.use_ema:
+        return MovingAverage(adapters, args.ema_half_life)
+    return ScheduleFree(adapters, optimizer) if optimizer_name(args) == "schedule_free" else Average()
 
 
 def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
@@ -2322,7 +2647,9 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
 
 
 KEPT_SETTINGS = (
-    "rank", "lora_alpha", "caption_dropout", "lora_dropout", "train_text_encoder", "base_precision", "resolution",
+    "rank", "lora_alpha", "use_rslora", "use_dora", "lora_init", "lora_preset", "lora_layers", "lora_unet_blocks",
+    "optimizer", "loraplus_lr_ratio", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
+    "prodigy_safeguard_warmup", "use_ema", "ema_half_life", "caption_dropout", "lora_dropout", "train_text_encoder", "base_precision", "resolution",
     "train_batch_size", "prediction_type", "rescale_betas_zero_snr", "do_edm_style_training", "snr_gamma",
     "loss_weighting", "loss_type", "huber_schedule", "huber_c", "noise_offset", "input_perturbation", "min_timestep",
     "max_timestep", "timestep_bias", "prior_preservation", "dco_beta", "background_loss_weight", "max_grad_norm", "learning_rate", "text_encoder_lr",
@@ -2350,6 +2677,7 @@ class TrainingState:
     optimizer: Any
     lr_scheduler: Any
     scaler: Any
+    average: Average
     settings: dict[str, Any]
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -2361,6 +2689,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else {},
+            "average": self.average.state_dict(),
         }
 
     def load(self, folder: Path) -> int:
@@ -2375,6 +2704,7 @@ class TrainingState:
             parameter.data.copy_(state["adapters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.average.load_state_dict(state["average"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
@@ -2418,7 +2748,8 @@ def save_checkpoint(run: Run, state: TrainingState, step: int) -> None:
     size = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
     with written_beside(output / f"checkpoint-{step}", size=size) as folder:
         folder.mkdir()
-        write_loras(run, folder, state.model)
+        with state.average.shown():
+            write_loras(run, folder, state.model)
         with open(folder / "state.pt", "wb") as file:
             torch.save(saved, file)
     for old in list_checkpoints(output)[:-keep] if keep else ():
@@ -2755,7 +3086,8 @@ class Progress:
         if self.scaler and self.scaler.get_scale() < 1:
             raise TrainingError(f"at step {self.step} the fp16 scaler came down to {self.scaler.get_scale():g}: every "
                                 "gradient overflows. Use --mixed_precision bf16, or a lower --learning_rate.")
-        rates = dict(zip(("lr/unet", "lr/text_encoder"), self.lr_scheduler.get_last_lr(), strict=False))
+        groups = zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True)
+        rates = {f"lr/{group['name']}": rate * group.get("d", 1) for group, rate in groups}  # d: what Prodigy found
         speed = (self.step - self.looked_at) * self.samples_per_step / (now - self.since)
         told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
                 "samples_per_second": speed, **rates}
@@ -2764,7 +3096,7 @@ class Progress:
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **told}) + "\n")
-        self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{rates['lr/unet']:.1e}", refresh=False)
+        self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{next(iter(rates.values())):.1e}", refresh=False)
         for seen in (self.seen, self.norms, self.rows):
             seen.clear()
         self.looked_at, self.since = self.step, now
@@ -2864,13 +3196,14 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
     lr_scheduler = make_lr_scheduler(args, optimizer, last)
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
-    state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, settings_of(run, digest))
+    adapters = list(model.adapters().values())
+    average = make_average(args, adapters, optimizer)
+    state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))
     step = resume(args.resume_from_checkpoint, run.output, state)
     check_alike(step, digest)
     save = functools.partial(save_checkpoint, run, state)
     save_loras = functools.partial(write_loras, run, run.output, model)
     save, save_loras = (save, save_loras) if accelerator.is_main_process else (lambda step: None, lambda: None)
-    adapters = list(model.adapters().values())
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
     if step == 0:
         validate(0)
@@ -2888,6 +3221,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             watch.look()
             if progress.accept(accelerator.clip_grad_norm_(adapters, args.max_grad_norm)):
                 optimizer.step()
+                average.update()
             lr_scheduler.step()
             optimizer.zero_grad()
             step, wishes = step + 1, run.stop.wishes(accelerator)
@@ -2897,9 +3231,13 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             if saving:
                 save(step)
             if step == last:
-                save_loras()  # before the last pictures: a card that is too small for those has the LoRA
+                with average.shown():
+                    save_loras()  # before the last pictures: a card that is too small for those has the LoRA
             if due(step, validation_steps, last):
-                validate(step)
+                with average.shown():
+                    validate(step)
+    with average.shown():
+        save_loras()
     return Outcome(step, progress.loss, wishes.stop if step < last else 0, progress.skipped)
 
 
@@ -2962,15 +3300,43 @@ def kohya_name(module: str, layers: int) -> str:
     return f"{prefix}_{sgm_name(path, layers) if component == 'unet' else path}".replace(".", "_")
 
 
-def kohya_tensors(tensors: dict[str, Tensor], alpha: float, layers: int) -> dict[str, Tensor]:
-    """The same adapters as lora_tensors gives, as web UIs read them: each module with an alpha of its own."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        module, matrix = re.fullmatch(r"(.*)\.(lora_[AB])\.weight", key).groups()
-        stem = kohya_name(module, layers)
-        renamed[f"{stem}.lora_{'down' if matrix == 'lora_A' else 'up'}.weight"] = tensor
+def kohya_tensors(tensors: dict[str, Tensor], scales: dict[str, float], layers: int) -> dict[str, Tensor]:
+    """The same adapters as lora_tensors gives, as web UIs read them, but for DoRA's magnitudes.
+
+    Readers scale by alpha / rank, and some of them by one alpha for all of a component's modules: each component has
+    one, the commonest scale times rank, and what is scaled otherwise (rsLoRA, ranks by block) is folded into up.
+    """
+    renamed, downs = {}, {key.removesuffix(".lora_A.weight"): key for key in tensors if key.endswith("lora_A.weight")}
+    alphas = {module: scales[scale_name(module)] * len(tensors[key]) for module, key in downs.items()}
+    for module, key in downs.items():
+        stem, component = kohya_name(module, layers), module.partition(".")[0]
+        alpha = statistics.mode(own for name, own in alphas.items() if name.startswith(f"{component}."))
+        up = tensors[f"{module}.lora_B.weight"]
+        renamed[f"{stem}.lora_down.weight"] = tensors[key]
+        renamed[f"{stem}.lora_up.weight"] = up if alphas[module] == alpha else up * (alphas[module] / alpha)
         renamed[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return renamed
+
+
+def scale_name(module: str) -> str:
+    """A module of the file as the live model calls it: the first encoder there has no `text_model`."""
+    return module.replace("text_encoder.text_model.", "text_encoder.", 1)
+
+
+def kohya_dora(model: TrainableSDXL, layers: int) -> dict[str, Tensor]:
+    """DoRA's magnitudes as ComfyUI and Forge apply them: they divide by the norm of the base weight's rows, where
+    peft, and the paper, divide by that of the changed weight's, so the quotient of the two is folded in.
+    """
+    magnitudes = {}
+    for name, layer in model.unet.named_modules():
+        if hasattr(layer, "lora_A") and layer.lora_variant:
+            weight, magnitude = layer.base_layer.weight.float(), layer.lora_magnitude_vector["default"].weight
+            changed = weight + layer.get_delta_weight("default").float().view_as(weight)
+            before, after = (part.flatten(1).norm(dim=1) for part in (weight, changed))
+            scaled = magnitude.detach().flatten().float() * before / after
+            magnitudes[f"{kohya_name(f'unet.{name}', layers)}.dora_scale"] = \
+                scaled.view(-1, *[1] * (weight.ndim - 1)).cpu().contiguous()
+    return magnitudes
 
 
 def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -2981,10 +3347,12 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
     title, trigger = run.output.resolve().name, args.instance_prompt or ""
     settings = {
         "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
-        "network_dim": args.rank, "network_alpha": float(args.lora_alpha or args.rank), "network_args": "{}",
+        "network_dim": next(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")),
+        "network_alpha": next(float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")),
+        "network_args": "{}",
         "sd_model_name": Path(run.base.name).name, "vae_name": Path(run.vae.name).name, "seed": run.seed,
         "learning_rate": args.learning_rate, "unet_lr": args.learning_rate, "lr_scheduler": args.lr_scheduler,
-        "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None, "optimizer": "AdamW",
+        "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None, "optimizer": optimizer_name(args),
         "max_train_steps": args.max_train_steps, "mixed_precision": run.accelerator.mixed_precision,
         "batch_size_per_device": args.train_batch_size, "min_snr_gamma": args.snr_gamma,
         "gradient_accumulation_steps": args.gradient_accumulation_steps, "num_train_images": run.pictures,
@@ -3016,20 +3384,24 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
     diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     write_lora(folder / LORA_FILE, diffusers_form, lora_metadata(model))
     if run.args.output_kohya_format:
-        alpha, layers = float(run.args.lora_alpha or run.args.rank), model.unet.config.layers_per_block
-        kohya_form = kohya_tensors(diffusers_form, alpha, layers)
+        scales, layers = model.scales(), model.unet.config.layers_per_block
+        kohya_form = {**kohya_tensors(diffusers_form, scales, layers), **kohya_dora(model, layers)}
         write_lora(folder / KOHYA_FILE, kohya_form, kohya_metadata(run, kohya_form))
-        check_kohya(folder / KOHYA_FILE, tensors, alpha / run.args.rank, layers, dtype)
+        check_kohya(folder / KOHYA_FILE, tensors, scales, layers, dtype)
 
 
-def check_kohya(path: Path, tensors: dict[str, Tensor], scale: float, layers: int, dtype: torch.dtype) -> None:
+def check_kohya(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], layers: int,
+                dtype: torch.dtype) -> None:
     """Compare each module's change of the weights in a web UI's file with the adapters'. Raises TrainingError."""
     found, limit = load_file(path), max(1e-6, 4 * torch.finfo(dtype).eps)  # two roundings in a product
+    found = {key: tensor for key, tensor in found.items() if not key.endswith(".dora_scale")}
     for key in (key for key in tensors if key.endswith("lora_A.weight")):
-        stem = kohya_name(key.removesuffix(".lora_A.weight"), layers)
+        module = key.removesuffix(".lora_A.weight")
+        stem = kohya_name(module, layers)
         down, up = (found.pop(f"{stem}.lora_{name}.weight").float() for name in ("down", "up"))
         theirs = up.flatten(1) @ down.flatten(1) * (found.pop(f"{stem}.alpha").item() / len(down))
-        ours = tensors[key.replace("lora_A", "lora_B")].flatten(1) @ tensors[key].flatten(1) * scale
+        ours = tensors[key.replace("lora_A", "lora_B")].flatten(1) @ tensors[key].flatten(1)
+        ours = ours * scales[scale_name(module)]
         if (theirs - ours).norm() > limit * ours.norm():
             raise TrainingError(f"{path}: {stem} is not what was trained; please report this.")
     if found:
@@ -3143,7 +3515,7 @@ def card_settings(run: Run, step: int) -> str:
     batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
     rows = {"steps": step, "pictures a step": batch, "resolution": args.resolution, "rank": args.rank,
             "alpha": args.lora_alpha or args.rank, "learning rate": args.learning_rate,
-            "schedule": args.lr_scheduler, "optimizer": "AdamW in 8 bits" if args.use_8bit_adam else "AdamW",
+            "schedule": args.lr_scheduler, "optimizer": optimizer_name(args),
             "precision": run.accelerator.mixed_precision.replace("no", "fp32"),
             "class preserved by": prior_kind(args) or "nothing", "seed": run.seed}
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -3362,7 +3734,7 @@ class Rehearsal:
 
     def adapt(self) -> None:
         """Add the adapters, which fake tensors cannot bear later."""
-        add_adapters(self.args, self.unet, UNET_TARGETS)
+        add_adapters(self.args, self.unet, unet_targets(self.args), rules_of(self.args), self.args.use_dora)
         for encoder in self.encoders if self.args.train_text_encoder else ():
             add_adapters(self.args, encoder, text_encoder_targets(encoder))
 
@@ -3416,8 +3788,8 @@ class Rehearsal:
         recompute(args, unet, trained)
         model = TrainableSDXL(unet, trained).train()
         adapters = list(model.adapters().values())
-        moments = [torch.empty_like(adapter, dtype=torch.uint8 if args.use_8bit_adam else None)
-                   for adapter in adapters for _ in range(2)]
+        state = OPTIMIZERS[optimizer_name(args)].state_bytes + 4 * args.use_ema
+        moments = [torch.empty(adapter.numel() * state, dtype=torch.uint8) for adapter in adapters]
         self.meter.begin()
         rows = args.train_batch_size * (1 + (prior_kind(args) in ("pictures", "base_model")))
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
@@ -3622,6 +3994,21 @@ def say(rows: Iterable[tuple[str, str]]) -> None:
     logger.info("\n".join(f"{name:10}{text}".replace("\n", " ") for name, text in rows if text))
 
 
+def describe_adapters(run: Run) -> str:
+    """What will be trained: kind, rank, layers, parameters, megabytes; no weights are read. Raises UserError."""
+    args, told, trained = run.args, [], []
+    for part in ("unet", *(TEXT_ENCODERS if args.train_text_encoder else ())):
+        model, is_unet = sketch(run.base, part), part == "unet"
+        add_adapters(args, model, unet_targets(args) if is_unet else text_encoder_targets(model),
+                     rules_of(args) if is_unet else (), args.use_dora and is_unet)
+        layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+        ranks = sorted({layer.r["default"] for layer in layers})
+        told.append(f"rank {', '.join(map(str, ranks))} on {len(layers)} layers of the {part.replace('unet', 'UNet')}")
+        trained += [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    kind = "DoRA, " if args.use_dora else "rank-stabilised, " if args.use_rslora else ""
+    return f"{kind}{'; '.join(told)}: {sum(trained) / 1e6:.2f} M parameters, {4 * sum(trained) / 1e6:.1f} MB"
+
+
 def prediction_of(scheduler: Any) -> str:
     """What a model predicts, if it is not the usual noise."""
     if scheduler.config.prediction_type != "v_prediction":
@@ -3649,7 +4036,8 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
         ("Class", of_class[prior_kind(args)]),
         ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"
                  f"{prediction_of(run.scheduler)}"),
-        ("LoRA", f"rank {args.rank} on the UNet{' and both text encoders' if args.train_text_encoder else ''}"),
+        ("LoRA", describe_adapters(run)),
+        ("Optimizer", f"{optimizer_name(args)}, rate {args.learning_rate:g}, {args.lr_scheduler}"),
         ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
                   f"{passes:.0f} passes; seed {run.seed}"),
         ("Output", args.output_dir),
@@ -3782,7 +4170,6 @@ def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject:
            report: Callable[[], None], minutes: float) -> None:
     """Write LoRA and card, push them unless the run was stopped, and tell where everything is."""
     path, address = run.output / LORA_FILE, ""
-    write_loras(run, run.output, model)
     gallery = write_card(run, repo, outcome.step, subject)
     report()
     if run.args.push_to_hub and not outcome.stopped_by:

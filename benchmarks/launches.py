@@ -31,8 +31,8 @@ def fake_unet(base: Path, adapted: bool) -> nn.Module:
     """The full-size UNet, ready to be given storage in fake mode."""
     unet = trainer.sketch(trainer.Source(str(base)), "unet")
     if adapted:
-        flags = argparse.Namespace(rank=4, lora_alpha=None, lora_dropout=0.0)
-        trainer.add_adapters(flags, unet, trainer.UNET_TARGETS)
+        flags = trainer.make_parser().parse_args(["--pretrained_model_name_or_path", str(base)])
+        trainer.add_adapters(flags, unet, trainer.unet_targets(flags))
     return unet
 
 

@@ -107,7 +107,7 @@ def test_full_size_counts(run):
             sample_size=128,
         )
         unet.requires_grad_(False)
-        trainer.add_adapters(run().args, unet, trainer.UNET_TARGETS)
+        trainer.add_adapters(run().args, unet, trainer.unet_targets(run().args))
         text = PART_CLASSES["text_encoder"].config_class(num_hidden_layers=12)
         encoder = PART_CLASSES["text_encoder"](text)
     trained = [p for p in unet.parameters() if p.requires_grad]

@@ -1,0 +1,331 @@
+"""Kinds of LoRA, where they sit, and what moves them: as users load them, as other readers do, and resumed."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from full_size import write_configuration
+from peft.optimizers import create_loraplus_optimizer
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import train_dreambooth_lora_sdxl as trainer
+
+KINDS = {
+    "rsLoRA": {"use_rslora": True, "rank": 8, "lora_alpha": 2},
+    "DoRA": {"use_dora": True},
+    "DoRA on all layers": {"use_dora": True, "lora_preset": "full"},
+    "kaiming": {"lora_init": "kaiming"},
+    "orthogonal": {"lora_init": "orthogonal"},
+    "PiSSA": {"lora_init": "pissa", "rank": 2},
+    "OLoRA, rank-stabilised": {"lora_init": "olora", "rank": 2, "use_rslora": True, "lora_alpha": 3},
+    "feed-forward": {"lora_preset": "attention+ff"},
+    "convolutions": {"lora_preset": "full"},
+    "B-LoRA": {"lora_preset": "b-lora-style"},
+    "patterns": {"lora_layers": "attn2.to_k,attn2.to_v,conv1"},
+    "blocks": {"lora_unet_blocks": "up_blocks.0=8:2e-2,mid_block"},
+    "LoRA+": {"loraplus_lr_ratio": 4},
+}
+COMFYS = ("rsLoRA", "DoRA", "DoRA on all layers", "OLoRA, rank-stabilised", "convolutions", "blocks")
+
+
+def modules_of(output: Path) -> set[str]:
+    return {key.split(".lora_")[0].removeprefix("unet.") for key in load_file(output / trainer.LORA_FILE)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """With two attentions in its upper block, which B-LoRA needs."""
+    from conftest import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_drawn_is_what_a_user_draws_and_a_resumed_run_is_the_same(train, tiny, tmp_path, kind):
+    flags = {**KINDS[kind], "validation_prompt": "a dog", "num_validation_images": 1, "max_train_steps": 4}
+    flags |= {"checkpointing_steps": 2, "output_kohya_format": True}
+    output = train(**flags, output_dir=tmp_path / "a")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(output)
+    drawn = pipeline("a dog", num_inference_steps=25, generator=torch.Generator().manual_seed(1), height=16, width=16)
+    ours = Image.open(output / "validation/step-000004/00.png")
+    difference = torch.tensor(list(ours.tobytes())) - torch.tensor(list(drawn.images[0].tobytes()))
+    assert difference.abs().max() <= 1, kind
+    moved = Image.open(output / "validation/step-000000/00.png")
+    assert moved.tobytes() != ours.tobytes()
+    train(**{**flags, "max_train_steps": 2}, output_dir=tmp_path / "b")
+    again = train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest")
+    for name in (trainer.LORA_FILE, trainer.KOHYA_FILE):
+        first, second = load_file(output / name), load_file(again / name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def as_comfy_applies(weight: torch.Tensor, tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
+    """ComfyUI's formula for one module (EXPORT_FORMATS.md, section 2, as of August 2026)."""
+    down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
+    delta = (up.flatten(1) @ down.flatten(1)).view_as(weight) * (tensors[f"{stem}.alpha"] / len(down))
+    changed, scale = weight + delta, tensors.get(f"{stem}.dora_scale")
+    if scale is None:
+        return changed
+    assert scale.shape == (len(weight), *[1] * (weight.ndim - 1))
+    return changed * (scale / weight.flatten(1).norm(dim=1).view_as(scale))
+
+
+@pytest.mark.parametrize("kind", COMFYS)
+def test_web_uis_make_the_same_weights(train, tiny, kind):
+    """Against peft's own merge, with diffusers' loader in between; one alpha in all modules."""
+    output = train(**KINDS[kind], output_kohya_format=True, max_train_steps=3)
+    tensors = load_file(output / trainer.KOHYA_FILE)
+    assert len({tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}) == 1
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    base = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    pipeline.load_lora_weights(output)
+    for name, layer in pipeline.unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+            stem = trainer.kohya_name(f"unet.{name}", pipeline.unet.config.layers_per_block)
+            theirs = as_comfy_applies(base[f"{name}.weight"], tensors, stem)
+            torch.testing.assert_close(theirs, layer.base_layer.weight, rtol=1e-4, atol=1e-6)
+
+
+def sdxl_modules(tmp_path, **flags) -> set[str]:
+    """What the full-size UNet would have adapted."""
+    unet = trainer.sketch(trainer.Source(str(write_configuration(tmp_path / "sdxl"))), "unet")
+    args = trainer.make_parser().parse_args(["--pretrained_model_name_or_path", "x"])
+    vars(args).update(flags)
+    trainer.add_adapters(args, unet, trainer.unet_targets(args), trainer.rules_of(args))
+    return {name for name, layer in unet.named_modules() if hasattr(layer, "lora_A")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("attention", 560), ("attention+ff", 722), ("full", 794), ("b-lora-style", 80), ("b-lora-content", 80)],
+)
+def test_presets_on_the_full_size(tmp_path, preset, count):
+    """EXPORT_FORMATS.md's counts; B-LoRA's blocks have ten transformer blocks of eight layers."""
+    names = sdxl_modules(tmp_path, lora_preset=preset)
+    assert len(names) == count
+    if preset.startswith("b-lora"):
+        block = {"b-lora-style": "up_blocks.0.attentions.1.", "b-lora-content": "up_blocks.0.attentions.0."}[preset]
+        assert all(name.startswith(block) for name in names)
+
+
+def test_every_linear_layer_and_convolution_is_one_of_the_full_preset(tmp_path):
+    unet = trainer.sketch(trainer.Source(str(write_configuration(tmp_path / "sdxl"))), "unet")
+    whole = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    assert sdxl_modules(tmp_path / "b", lora_preset="full") == whole
+
+
+def test_blocks_have_ranks_and_rates_of_their_own(train):
+    run = trainer.start(train.args(lora_unet_blocks="up_blocks.0=8:2e-2,mid_block", lora_alpha=2))
+    model = trainer.load_trainable(run)
+    for name, layer in model.unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            assert layer.r["default"] == (8 if name.startswith("up_blocks.0.") else 4)
+            assert layer.scaling["default"] == 0.5
+            assert name.startswith(("up_blocks.0.", "mid_block."))
+    groups = {group["name"]: group["lr"] for group in trainer.make_optimizer(run.args, model, 1).param_groups}
+    assert groups == {"unet": 1e-2, "unet/up_blocks.0": 2e-2}
+
+
+def test_lora_plus_groups_are_pefts(train):
+    run = trainer.start(train.args(loraplus_lr_ratio=16, train_text_encoder=True, text_encoder_lr=1e-3))
+    model = trainer.load_trainable(run)
+    ours = {
+        id(parameter): group["lr"]
+        for group in trainer.make_optimizer(run.args, model, 1).param_groups
+        for parameter in group["params"]
+    }
+    theirs = create_loraplus_optimizer(
+        model.unet, torch.optim.AdamW, lr=run.args.learning_rate, loraplus_lr_ratio=16
+    )
+    for group in theirs.param_groups:
+        assert all(ours[id(parameter)] == pytest.approx(group["lr"]) for parameter in group["params"])
+    assert sorted(set(ours.values())) == pytest.approx([1e-3, 1e-2, 1.6e-2, 0.16])
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_what_begins_as_weights_is_pefts_and_leaves_the_base_alone(train, kind):
+    run = trainer.start(train.args(lora_init=kind, rank=4))
+    model = trainer.load_trainable(run)
+    layer = next(layer for layer in model.layers)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    base = layer.base_layer.weight
+    assert torch.equal(base, trainer.load_part(run.base, "unet", torch.float32).state_dict()[
+        next(name for name, module in model.unet.named_modules() if module is layer) + ".weight"
+    ])
+    assert (b @ a).abs().max() < 1e-6  # nothing is changed yet
+    strongest = b[:, :4] @ a[:4]
+    if kind == "pissa":  # nearly the best approximation of that rank
+        best = torch.linalg.svdvals(base)[4:].norm()
+        assert best <= (base - strongest).norm() < 1.03 * best
+    else:
+        q, r = torch.linalg.qr(base)
+        torch.testing.assert_close(strongest, q[:, :4] @ r[:4], rtol=1e-4, atol=1e-5)
+    frozen = b[:, 4:].detach().clone(), a[4:].detach().clone()
+    optimizer = trainer.make_optimizer(run.args, model, 1)
+    for _ in range(3):
+        layer(torch.randn(3, base.shape[1])).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(b[:, 4:], frozen[0]) and torch.equal(a[4:], frozen[1])
+    assert not torch.allclose(b[:, :4] @ a[:4], strongest)
+
+
+def test_an_unknown_block_or_layer_is_one_sentence(train):
+    for flags, told in (
+        ({"lora_unet_blocks": "up_blocks.7"}, r"--lora_layers or --lora_unet_blocks name nothing"),
+        ({"lora_unet_blocks": "up_blocks.0,up_blocks.7"}, r"--lora_unet_blocks up_blocks.7: .* no such block"),
+        ({"lora_layers": "nothing"}, r"--lora_layers or --lora_unet_blocks name nothing"),
+    ):
+        with pytest.raises(trainer.UserError, match=told):
+            train(**flags)
+
+
+# ----------------------------------------------------------------------------------------------- optimizers
+
+OPTIMIZERS = {
+    "adamw": {},
+    "adamw8bit": {},
+    "lion8bit": {"learning_rate": 1e-3},
+    "prodigy": {"learning_rate": 1, "prodigy_safeguard_warmup": "True", "prodigy_decouple": "True"},
+    "adafactor": {},
+    "schedule_free": {"lr_warmup_steps": 2},
+}
+
+
+def test_the_table_is_tested_but_for_what_pages_to_a_gpu():
+    assert {*OPTIMIZERS, "paged_adamw8bit"} == set(trainer.OPTIMIZERS) == set(trainer.OPTIMIZER_PACKAGES)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_learns_and_a_resumed_run_is_the_same(train, tmp_path, name):
+    """Validation in between disturbs nothing; text encoders beside."""
+    flags = {"optimizer": name, **OPTIMIZERS[name], "train_text_encoder": True, "max_train_steps": 6}
+    flags |= {"text_encoder_lr": flags.get("learning_rate", 1e-2), "checkpointing_steps": 3}
+    whole = train(**flags, output_dir=tmp_path / "a")
+    train(**{**flags, "max_train_steps": 3}, output_dir=tmp_path / "b", validation_prompt="a dog", validation_steps=2)
+    resumed = train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest")
+    first, second = load_file(whole / trainer.LORA_FILE), load_file(resumed / trainer.LORA_FILE)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(first[key].abs().max() > 0 for key in first if "lora_B" in key)
+    entries = trainer.read_history(whole)
+    assert {name for name in entries[0] if name.startswith("lr/")} == {"lr/unet", "lr/text_encoder"}
+
+
+def quadratic(name: str, **flags):
+    """An optimizer of the table over one adapter-like parameter, with the library's own beside it."""
+
+    class Model:
+        def __init__(self):
+            self.weight = nn.Parameter(torch.full((64, 64), 2.0))
+
+        def adapters(self):
+            return {"unet.x.lora_A": self.weight}
+
+    args = trainer.make_parser().parse_args(["--pretrained_model_name_or_path", "x", "--optimizer", name])
+    vars(args).update(flags)
+    model = Model()
+    return trainer.make_optimizer(args, model, 1), model.weight
+
+
+def test_prodigys_flags_reach_it():
+    flags = {"learning_rate": 1.0, "prodigy_beta3": 0.5, "prodigy_decouple": False, "prodigy_safeguard_warmup": False}
+    optimizer, _ = quadratic("Prodigy", **flags, prodigy_use_bias_correction=False)
+    group = optimizer.param_groups[0]
+    assert type(optimizer).__name__ == "Prodigy" and group["beta3"] == 0.5 and group["decouple"] is False
+    assert group["safeguard_warmup"] is False and group["use_bias_correction"] is False and group["lr"] == 1.0
+    words = ["--pretrained_model_name_or_path", "x", "--prodigy_decouple", "False", "--no-prodigy_safeguard_warmup"]
+    args = trainer.make_parser().parse_args([*words, "--prodigy_use_bias_correction=True"])
+    assert not args.prodigy_decouple and not args.prodigy_safeguard_warmup and args.prodigy_use_bias_correction
+    with pytest.raises(trainer.UserError, match="neither True nor False"):
+        trainer.make_parser().parse_args(["--prodigy_decouple", "perhaps"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_goes_down_a_bowl(name):
+    optimizer, weight = quadratic(name, learning_rate=1.0 if name == "prodigy" else 0.05, lr_warmup_steps=0)
+    for _ in range(600 if name == "prodigy" else 60):
+        optimizer.zero_grad()
+        weight.square().sum().backward()
+        optimizer.step()
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+    assert weight.abs().max() < 1.7
+
+
+def test_the_moving_average_is_the_formula(train, tmp_path):
+    """Half-life in steps: written out over what each step left; drawn, saved, and resumed exactly."""
+    weight = nn.Parameter(torch.zeros(3))
+    average, expected = trainer.MovingAverage([weight], 5.0), torch.zeros(3)
+    decay = math.exp(-math.log(2) / 5)
+    for step in range(7):
+        weight.data += step
+        average.update()
+        expected = decay * expected + (1 - decay) * weight.data
+    with average.shown():
+        torch.testing.assert_close(weight.data, expected)
+    assert weight.data[0] == 21
+    flags = {"use_ema": True, "ema_half_life": 2, "max_train_steps": 4, "checkpointing_steps": 2}
+    flags |= {"validation_prompt": "a dog", "num_validation_images": 1}
+    whole = train(**flags, output_dir=tmp_path / "a")
+    train(**{**flags, "max_train_steps": 2}, output_dir=tmp_path / "b")
+    resumed = train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest")
+    plain = train(**{**flags, "use_ema": False}, output_dir=tmp_path / "c")
+    first, second, third = (load_file(output / trainer.LORA_FILE) for output in (whole, resumed, plain))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], third[key]) for key in first)
+    pictures = [output / "validation/step-000004/00.png" for output in (whole, resumed, plain)]
+    drawn = [Image.open(path).tobytes() for path in pictures]
+    assert drawn[0] == drawn[1] != drawn[2]
+    state = torch.load(whole / "checkpoint-4" / "state.pt")
+    trained = load_file(plain / trainer.LORA_FILE)
+    assert torch.equal(next(iter(state["adapters"].values())), next(iter(
+        tensor for key, tensor in trained.items() if key.startswith("unet.") and "lora_A" in key
+        and key == "unet." + next(iter(state["adapters"])).removeprefix("unet.").replace(".default", "")
+    )))
+
+
+CONTRADICTIONS = [
+    ({"optimizer": "prodigy", "train_text_encoder": True, "text_encoder_lr": 1e-3}, "--text_encoder_lr sets another"),
+    ({"optimizer": "prodigy", "loraplus_lr_ratio": 4}, "--loraplus_lr_ratio sets another"),
+    ({"optimizer": "prodigy", "lora_unet_blocks": "mid_block=4:1e-3"}, "--lora_unet_blocks sets another"),
+    ({"optimizer": "adafactor", "use_8bit_adam": True}, "--use_8bit_adam and --optimizer adafactor exclude"),
+    ({"optimizer": "schedule_free", "use_ema": True}, "--use_ema and --optimizer schedule_free both average"),
+    ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "needs no --lr_scheduler cosine"),
+    ({"lora_layers": "to_k", "lora_preset": "full"}, "--lora_layers and --lora_preset both"),
+    ({"lora_unet_blocks": "mid_block", "lora_preset": "b-lora-style"}, "--lora_unet_blocks and --lora_preset b-lora"),
+    ({"lora_unet_blocks": "attic"}, "is not BLOCK, BLOCK=RANK"),
+    ({"lora_unet_blocks": "mid_block=0"}, "a rank must be at least 1"),
+    ({"lora_layers": "to_(k"}, "is no pattern"),
+    ({"use_dora": True, "base_precision": "int8"}, "--use_dora needs the weights unpacked, --base_precision int8"),
+    ({"use_dora": True, "lora_init": "pissa"}, "--use_dora and --lora_init pissa"),
+    ({"lora_preset": "full", "lora_init": "olora"}, "--lora_preset full has convolutions"),
+    ({"lora_init": "orthogonal", "rank": 5}, "even --rank"),
+    ({"snr_gamma": 5, "loss_weighting": "p2"}, "--snr_gamma and --loss_weighting"),
+    ({"min_timestep": 700, "max_timestep": 600}, "--min_timestep 700 is above --max_timestep 600"),
+    ({"with_prior_preservation": True, "prior_preservation": "dco"}, "--with_prior_preservation means pictures"),
+    ({"prior_preservation": "base_model"}, "--prior_preservation base_model needs --class_prompt"),
+]
+
+
+@pytest.mark.parametrize(("flags", "told"), CONTRADICTIONS, ids=[told for _, told in CONTRADICTIONS])
+def test_contradictions_are_one_sentence_with_both_flags(train, flags, told):
+    with pytest.raises(trainer.UserError) as caught:
+        train.args(**flags)
+    assert told in str(caught.value)
+
+
+def test_what_looks_like_a_contradiction_and_is_none(train):
+    train.args(use_rslora=True, lora_alpha=7)
+    train.args(optimizer="Prodigy", train_text_encoder=True, learning_rate=1, text_encoder_lr=1)
+
+
+def test_prodigys_rate_is_warned_about(train, capsys):
+    train.args(optimizer="prodigy", learning_rate=1e-4)
+    assert "use --learning_rate 1, not 0.0001" in capsys.readouterr().out
