@@ -90,6 +90,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps, ImageStat
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+EMBEDDINGS_FILE = "embeddings.safetensors"
 CONFIG_FILE = "training_config.yaml"
 HISTORY_FILE = "history.jsonl"
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
@@ -258,6 +259,7 @@ class YesNoTrueFalse(argparse.BooleanOptionalAction):
 
 
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
+SHARE = number(float, 0, strict=True, high=1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
 OPTIMIZER_PACKAGES = {
@@ -267,8 +269,8 @@ ATTENTION = ("to_k", "to_q", "to_v", r"to_out\.0")
 LINEAR = (*ATTENTION, r"ff\.net\.0\.proj", r"ff\.net\.2", r"attentions\.\d+\.proj_in", r"attentions\.\d+\.proj_out")
 LORA_PRESETS = {  # blocks by their beginnings, layers by their ends; B-LoRA's blocks are of arXiv:2403.14572
     "attention": ((), ATTENTION), "attention+ff": ((), LINEAR),
-    "full": ((), (*LINEAR, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", r"samplers\.0\.conv",
-                  "linear_1", "linear_2")),
+    "full": ((), (*LINEAR, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out",
+                  r"samplers\.0\.conv", "linear_1", "linear_2")),
     "b-lora-content": (("up_blocks.0.attentions.0",), ATTENTION),
     "b-lora-style": (("up_blocks.0.attentions.1",), ATTENTION)}
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
@@ -339,11 +341,22 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--use_dora", action=YES_NO, default=False, help="a magnitude of its own for each output of the UNet's layers")
     add("--lora_init", choices=["gaussian", "kaiming", "orthogonal", "pissa", "olora"], default="gaussian",
         help="the last two begin with the weights' largest directions, at twice the rank in the file")
-    add("--lora_preset", choices=list(LORA_PRESETS), default="attention", help="which of the UNet's layers are adapted")
+    add("--lora_preset", choices=list(LORA_PRESETS), default="attention", help="which layers of the UNet are adapted")
     add("--lora_layers", type=patterns, metavar="NAME,...", help="instead: layers by their names' ends, or patterns")
     add("--lora_unet_blocks", type=block_rules, metavar="BLOCK[=RANK[:RATE]],...",
         help="only in these blocks, such as up_blocks.0=16:2e-4,down_blocks.2")
+
+    add = parser.add_argument_group("text").add_argument
     add("--train_text_encoder", action=YES_NO, default=False, help="LoRA on both text encoders too")
+    add("--train_text_encoder_frac", type=SHARE, default=1.0, help="of the steps; then their embeddings are cached")
+    add("--train_text_encoder_ti", action=YES_NO, default=False,
+        help="pivotal tuning instead: new tokens whose embeddings are learnt beside the LoRA")
+    add("--train_text_encoder_ti_frac", type=SHARE, default=0.5, help="of the steps; then the tokens stay as they are")
+    add("--token_abstraction", default="TOK", metavar="WORD,...", help="what stands for new tokens in prompts")
+    add("--num_new_tokens_per_abstraction", type=number(int, 1, high=32), default=2)
+    add("--initializer_concept", metavar="TEXT", help="what new tokens begin as; default: at random")
+    add("--token_lr", type=POSITIVE, default=1e-3, help="of the new tokens' embeddings")
+    add("--clip_skip", type=number(int, 0, high=10), default=0, help="text encoder layers left out, beside the last")
 
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=number(int, 1, high=4096), default=4,
@@ -390,7 +403,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--huber_schedule", choices=["constant", "exponential", "snr"], default="snr", help="of their --huber_c")
     add("--huber_c", type=number(float, 0, strict=True, high=1), default=0.1, help="where they turn linear")
     add("--noise_offset", type=NOT_NEGATIVE, default=0.0, help="learn brightness, too; 0.05 is usual")
-    add("--input_perturbation", type=NOT_NEGATIVE, default=0.0, help="noise that the model is not told of; 0.1 is usual")
+    add("--input_perturbation", type=NOT_NEGATIVE, default=0.0, help="noise that is not told of; 0.1 is usual")
     add("--min_timestep", type=INDEX, default=0, help="0 has the least noise")
     add("--max_timestep", type=INDEX, default=999)
     add("--timestep_bias", choices=["uniform", "earlier", "later", "logit-normal"], default="uniform",
@@ -501,10 +514,12 @@ def check_args(args: argparse.Namespace) -> None:
     check_objective_flags(args)
     check_adapter_flags(args)
     check_optimizer_flags(args)
+    check_text_flags(args)
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
-    if Path(args.pretrained_vae_model_name_or_path or "").is_file():
-        check_single_file("--pretrained_vae_model_name_or_path", Path(args.pretrained_vae_model_name_or_path), VAE_KEYS)
+    vae = Path(args.pretrained_vae_model_name_or_path or "")
+    if vae.is_file():
+        check_single_file("--pretrained_vae_model_name_or_path", vae, VAE_KEYS)
     check_output(args)
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
@@ -612,6 +627,45 @@ def check_optimizer_flags(args: argparse.Namespace) -> None:
                        "--learning_rate 1, not %g.", args.learning_rate)
 
 
+def trains_text(args: argparse.Namespace) -> bool:
+    """Whether the text encoders are there while it trains."""
+    return args.train_text_encoder or args.train_text_encoder_ti
+
+
+def new_tokens(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The new tokens of each abstraction: <s0><s1> for TOK."""
+    if not args.train_text_encoder_ti:
+        return {}
+    words, count = [word.strip() for word in args.token_abstraction.split(",")], args.num_new_tokens_per_abstraction
+    return {word: [f"<s{i * count + k}>" for k in range(count)] for i, word in enumerate(words)}
+
+
+def with_tokens(args: argparse.Namespace, prompt: str) -> str:
+    """A prompt with new tokens in the place of their abstractions."""
+    for word, tokens in new_tokens(args).items():
+        prompt = prompt.replace(word, "".join(tokens))
+    return prompt
+
+
+def check_text_flags(args: argparse.Namespace) -> None:
+    """Flags of the text encoders that contradict each other. Raises UserError."""
+    share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
+    if args.train_text_encoder and args.train_text_encoder_ti:
+        raise UserError("--train_text_encoder and --train_text_encoder_ti exclude each other: it is LoRA on the "
+                        "encoders, or new tokens.")
+    if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
+        logger.warning("warning: --train_text_encoder_frac does nothing without --train_text_encoder.")
+    if trains_text(args) and share < 1 and optimizer_name(args) == "schedule_free":
+        flag = f"--train_text_encoder{'_ti' * args.train_text_encoder_ti}_frac"
+        raise UserError(f"{flag} {share:g} stops a part of the training, which --optimizer schedule_free cannot do; "
+                        "leave one out.")
+    if args.train_text_encoder_ti and optimizer_name(args) == "prodigy" and args.token_lr not in (
+            1e-3, args.learning_rate):
+        raise UserError("--optimizer prodigy finds one rate for all, and --token_lr sets another; leave one out.")
+    if "" in new_tokens(args):
+        raise UserError("--token_abstraction has an empty word.")
+
+
 def check_packages(args: argparse.Namespace) -> None:
     """Optional packages that were asked for must be there."""
     needed = {"--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}":
@@ -676,8 +730,8 @@ def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
         raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
     missing = [key for key in needed if not any(re.search(key, name) for name in keys)]
     if missing:
-        raise UserError(f"{flag}: {path} is not a whole model of SDXL, as it lacks {missing[0].strip('^$')}; a LoRA, a "
-                        "UNet alone, a refiner or another model cannot be trained on.")
+        raise UserError(f"{flag}: {path} is not a whole model of SDXL, as it lacks {missing[0].strip('^$')}; a LoRA, "
+                        "a UNet alone, a refiner or another model cannot be trained on.")
     if "edm_vpred.sigma_max" in keys:
         raise UserError(f"{flag}: {path} is an EDM model with v-prediction (CosXL), which this script does not train.")
 
@@ -1001,6 +1055,10 @@ def instance_samples(args: argparse.Namespace) -> list[Sample]:
         raise UserError(f"--instance_prompt is needed, as {len(bare)} of {len(pictures)} pictures have no caption: "
                         f"{', '.join(bare[:5])}.")
     prompts = [(captions.get(path) or prompt).replace("{instance_prompt}", prompt or "") for path in pictures]
+    for word in new_tokens(args):
+        if not any(word in text for text in prompts):
+            raise UserError(f"--token_abstraction {word} is in no prompt or caption of the subject: write it in the "
+                            'place of the rare word, as in "a photo of TOK dog".')
     return [Sample(path, text, is_class=False) for path, text in zip(pictures, prompts, strict=True)] * args.repeats
 
 
@@ -1016,7 +1074,7 @@ def prompts_to_draw(args: argparse.Namespace) -> list[str]:
 
 
 def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[Sample]:
-    """What preserves the class: pictures of it, or the subject's under the class prompt, for the base model to judge."""
+    """What preserves the class: pictures of it, or the subject's under its prompt, for the base model to judge."""
     pictures = {
         "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir),
         "base_model": lambda: [sample.path for sample in subject],
@@ -1356,21 +1414,50 @@ def with_prediction(scheduler: Any, prediction_type: str | None, zero_snr: bool)
         else scheduler
 
 
-def text_encoder_targets(encoder: nn.Module) -> str:
+def text_encoder_targets(encoder: nn.Module, clip_skip: int) -> str:
     """The attention of the layers that SDXL reads: all of the second encoder, whose projection reads the last one,
-    and all but the last of the first (diffusers#4340).
+    and all but the last of the first (diffusers#4340), and those that --clip_skip leaves out.
     """
-    unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1
+    unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1 + clip_skip
     layers = "|".join(map(str, range(encoder.config.num_hidden_layers - unread)))
     return rf".*layers\.({layers})\.self_attn\.(q|k|v|out)_proj"
 
 
-def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
+def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor], clip_skip: int = 0) -> Text:
     """Encode token ids (B, L) as SDXL reads them: penultimate hidden states of both encoders side by side
-    (B, L, 2048), and the second's projected output (B, 1280).
+    (B, L, 2048), or clip_skip layers before them, and the second's projected output (B, 1280).
     """
     outputs = [encoder(rows, output_hidden_states=True) for encoder, rows in zip(encoders, ids, strict=True)]
-    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
+    hidden = [output.hidden_states[-(clip_skip + 2)] for output in outputs]
+    return torch.cat(hidden, dim=-1), outputs[-1].text_embeds
+
+
+class NewTokens(nn.Module):
+    """An embedding with rows of its own for the ids from `first` on, the only ones that are trained."""
+
+    def __init__(self, known: nn.Embedding, first: int, rows: Tensor) -> None:
+        super().__init__()
+        self.known, self.first = known, first
+        self.rows = nn.Parameter(rows.float())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embed ids (B, L) as (B, L, width)."""
+        is_new = ids >= self.first
+        known = self.known(ids.masked_fill(is_new, 0))
+        new = self.rows[(ids - self.first).clamp(0, len(self.rows) - 1)]
+        return torch.where(is_new[..., None], new.to(known.dtype), known)
+
+
+def add_tokens(run: Run, encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
+    """Give an encoder the run's new tokens, like the known ones in size and at random, or like a concept."""
+    known, count = encoder.get_input_embeddings(), sum(map(len, new_tokens(run.args).values()))
+    table = known.weight.detach().float()
+    if run.args.initializer_concept:
+        ids = tokenizer(run.args.initializer_concept, add_special_tokens=False).input_ids
+        rows = table[[ids[i % len(ids)] for i in range(count)]]
+    else:
+        rows = torch.randn(count, table.shape[1]).to(table.device) * table.std()
+    encoder.set_input_embeddings(NewTokens(known, len(tokenizer), rows))
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -1438,11 +1525,13 @@ def lean_forward(layer: nn.Module, dtype: torch.dtype,
 class TrainableSDXL(nn.Module):
     """The UNet and, where they are trained, the text encoders: the one object that is trained, clipped and saved."""
 
-    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), compiled: bool = False) -> None:
+    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), compiled: bool = False,
+                 clip_skip: int = 0) -> None:
         super().__init__()
         self.unet, self.dtype = unet, unet.dtype
         self.text_encoders = nn.ModuleList(text_encoders)
-        self.embed = functools.partial(encode_ids, self.text_encoders) if text_encoders else lambda text: text
+        self.embed = functools.partial(encode_ids, self.text_encoders, clip_skip=clip_skip) if text_encoders \
+            else lambda text: text
         self.trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
         lean = [lean_forward(layer, self.dtype, compiled) for layer in self.layers]
@@ -1470,12 +1559,28 @@ class TrainableSDXL(nn.Module):
 
     def scales(self) -> dict[str, float]:
         """What each adapted module's B A is multiplied with, by component and module."""
-        return {f"{component}.{name}": layer.scaling["default"] for component, part in self.components().items()
+        return {f"{component}.{name}": layer.scaling["default"] for component, part in self.adapted().items()
                 for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
 
     def components(self) -> dict[str, nn.Module]:
         """Its parts by the names that diffusers gives them."""
         return {"unet": self.unet, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
+
+    def adapted(self) -> dict[str, nn.Module]:
+        """Those of its parts that have LoRA adapters."""
+        return {name: part for name, part in self.components().items() if hasattr(part, "peft_config")}
+
+    def settle_text(self, table: TextTable) -> None:
+        """Train the text encoders no further: keep their embeddings of all prompts, and move them off the device."""
+        self.text_encoders.eval()
+        with torch.no_grad():
+            rows = [self.embed(table.at([i])) for i in range(len(table.prompts))]
+        table.rows = torch.cat([embeds for embeds, _ in rows]), torch.cat([pooled for _, pooled in rows])
+        self.embed = lambda text: text
+        for encoder in self.text_encoders:
+            move_frozen(encoder, torch.device("cpu"))
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(name.startswith("unet."))
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by name; always float32."""
@@ -1683,14 +1788,17 @@ def load_trainable(run: Run) -> TrainableSDXL:
     args = run.args
     torch.manual_seed(position_seed(run.seed, "adapters"))  # every rank draws the same
     unet, encoders = load_unet(run, run.dtype, adapted=True), []
-    if args.train_text_encoder:
+    if trains_text(args):
         encoders = [load_part(run.base, part, run.dtype, run.device) for part in TEXT_ENCODERS]
-    for encoder in encoders:
-        add_adapters(args, encoder, text_encoder_targets(encoder))
+    for encoder, tokenizer in zip(encoders, TOKENIZERS, strict=False):
+        if args.train_text_encoder_ti:
+            add_tokens(run, encoder, load_part(run.base, tokenizer))
+        else:
+            add_adapters(args, encoder, text_encoder_targets(encoder, args.clip_skip))
     recompute(args, unet, encoders)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    return TrainableSDXL(unet, encoders, compiled=compile_unet(run, unet))
+    return TrainableSDXL(unet, encoders, compile_unet(run, unet), args.clip_skip)
 
 
 # -------------------------------------------------------------------------------------------------------------- store
@@ -1854,11 +1962,12 @@ def local_share(count: int, accelerator: Accelerator) -> range:
 # Every distinct prompt is tokenized once and, where the encoders are frozen, encoded once; then the encoders are gone.
 
 
-def tokenize_prompts(source: Source, prompts: Sequence[str]) -> Text:
+def tokenize_prompts(source: Source, prompts: Sequence[str], tokens: Sequence[str] = ()) -> Text:
     """Both tokenizers' ids of all prompts, each (P, L); warns with the words that are cut off a long prompt."""
     ids = []
     for part in TOKENIZERS:
         tokenizer = load_part(source, part)
+        tokenizer.add_tokens(list(tokens))
         limit = tokenizer.model_max_length
         for prompt in prompts if part == "tokenizer" else ():
             lost = tokenizer(prompt).input_ids[limit - 1:-1]
@@ -1871,22 +1980,22 @@ def tokenize_prompts(source: Source, prompts: Sequence[str]) -> Text:
 
 
 @torch.no_grad()
-def encode_prompts(source: Source, ids: Text, dtype: torch.dtype, device: torch.device) -> Text:
+def encode_prompts(source: Source, ids: Text, dtype: torch.dtype, device: torch.device, clip_skip: int = 0) -> Text:
     """Embeddings of all prompts; each encoder is loaded, used and freed before the next."""
 
     def encode(part: str, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         encoder = load_part(source, part, dtype, device)
         outputs = (encoder(row[None].to(device), output_hidden_states=True) for row in rows)
-        return [(output.hidden_states[-2], output.get("text_embeds")) for output in outputs]
+        return [(output.hidden_states[-(clip_skip + 2)], output.get("text_embeds")) for output in outputs]
 
     first, second = (encode(part, rows) for part, rows in zip(TEXT_ENCODERS, ids, strict=True))
     hidden = [torch.cat([one, two], dim=-1) for (one, _), (two, _) in zip(first, second, strict=True)]
     return torch.cat(hidden), torch.cat([pooled for _, pooled in second])
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextTable:
-    """All prompts of a run with their rows of text, on the device."""
+    """All prompts of a run with their rows of text, on the device; ids become embeddings when encoders are settled."""
 
     prompts: tuple[str, ...]
     rows: Text
@@ -1903,14 +2012,18 @@ class TextTable:
 def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: torch.dtype) -> TextTable:
     """Tokenize the prompts, and the empty one, and encode what the store lacks unless the encoders are trained."""
     distinct = tuple(dict.fromkeys([*filter(None, prompts), ""]))
-    ids = tokenize_prompts(run.base, distinct)
+    ids = tokenize_prompts(run.base, [with_tokens(run.args, prompt) for prompt in distinct],
+                           sum(new_tokens(run.args).values(), []))
     if trained:
         return TextTable(distinct, (ids[0].to(run.device), ids[1].to(run.device)))
     made_by = [identity(run.base, part) for part in TEXT_ENCODERS]
-    keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair)) for pair in zip(*ids, strict=True)]
+    skipped = [run.args.clip_skip] * bool(run.args.clip_skip)
+    keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair), *skipped)
+            for pair in zip(*ids, strict=True)]
     missing = [i for i in local_share(len(keys), run.accelerator) if not run.store.has(keys[i])]
     if missing:
-        embeds, pooled = encode_prompts(run.base, (ids[0][missing], ids[1][missing]), dtype, run.device)
+        embeds, pooled = encode_prompts(run.base, (ids[0][missing], ids[1][missing]), dtype, run.device,
+                                        run.args.clip_skip)
         for i, row, pooled_row in zip(missing, embeds, pooled, strict=True):
             run.store.put(keys[i], embeds=row, pooled=pooled_row)
     run.accelerator.wait_for_everyone()
@@ -2321,7 +2434,7 @@ def edm_table(scheduler: Any) -> Table:
 
 
 def loss_weight(snr: Tensor, kind: str, snr_gamma: float | None, weighting: str | None, edm_style: bool) -> Tensor:
-    """Weights of squared errors in epsilon or velocity, from those of the denoised latents, which stay finite at snr 0.
+    """Weights of squared errors in epsilon or velocity, from those of the denoised latents: finite at snr 0, too.
 
     An error in epsilon is snr times that in the denoised latents, one in velocity snr + 1 times. min-SNR is of
     arXiv:2303.09556, debiased estimation of arXiv:2310.08442, P2 (gamma 1, k 1) of arXiv:2204.00227; EDM's style is
@@ -2367,6 +2480,14 @@ def timestep_odds(count: int, low: int, high: int, bias: str) -> Tensor:
     return ((below[1:] - below[low]) / (below[high + 1] - below[low])).clamp(0, 1)
 
 
+def make_timesteps(count: int, low: int, high: int, bias: str) -> Callable[[int, torch.device], Tensor]:
+    """A function that draws so many timesteps on a device, without waiting for it."""
+    if bias == "uniform":
+        return lambda rows, device: torch.randint(low, high + 1, (rows,), device=device)
+    odds = functools.cache(timestep_odds(count, low, high, bias).float().to)
+    return lambda rows, device: torch.searchsorted(odds(device), torch.rand(rows, device=device), right=True)
+
+
 RowLosses = Callable[[Tensor, Tensor], Tensor]
 """From prediction and target to the losses of rows (B,)."""
 
@@ -2401,8 +2522,8 @@ PRIORS = {"pictures": prior_of_pictures, "base_model": prior_of_base, "dco": pri
 def make_noise(offset: float, perturbation: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function that draws noise for latents: that which is to be found in them, and that which is put in.
 
-    Offset: a part that is one number a channel, so that brightness is learnt, too. Perturbation: noise that is not told
-    of (arXiv:2301.11706).
+    Offset: a part that is one number a channel, so that brightness is learnt, too. Perturbation: noise that is not
+    told of (arXiv:2301.11706).
     """
 
     def draw(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -2423,8 +2544,8 @@ class Objective(NamedTuple):
     d: Tensor
     weight: Tensor
     delta: Tensor  # of the Huber losses
-    odds: Tensor  # as timestep_odds gives them
     t_cond: Tensor
+    draw_timesteps: Callable[[int, torch.device], Tensor]
     draw_noise: Callable[[Tensor], tuple[Tensor, Tensor]]
     distance: Callable[[Tensor, Tensor], Tensor]
     prior: Callable[..., Tensor]
@@ -2437,13 +2558,13 @@ def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.devic
     if low > high:
         raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {len(table.a) - 1}.")
     deltas = huber_deltas(table.snr, args.huber_schedule, args.huber_c)
-    columns = (*table[:5], deltas, timestep_odds(len(table.a), low, high, args.timestep_bias))
+    columns = (*table[:5], deltas)
     prior = PRIORS[prior_kind(args) or "pictures"]
     if prior is prior_of_consistency:
         prior = functools.partial(prior, beta=args.dco_beta)
     told = table.t_cond if table.t_cond.dtype == torch.int64 else table.t_cond.float()
     return Objective(*(column.float().to(device) for column in columns), told.to(device),
-                     make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type], prior)
+                     make_timesteps(len(table.a), low, high, args.timestep_bias), make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type], prior)
 
 
 class Loss(NamedTuple):
@@ -2458,8 +2579,9 @@ def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Loss
     """The loss of one micro-batch: sum of weighted rows over the number of instance rows."""
     latents = batch.mean + batch.std * torch.randn_like(batch.mean)
     noise, noise_put_in = objective.draw_noise(latents)
-    timesteps = torch.searchsorted(objective.odds, torch.rand(len(latents), device=latents.device), right=True)
-    a, b, c, d, delta = (getattr(objective, name)[timesteps].view(-1, 1, 1, 1) for name in ("a", "b", "c", "d", "delta"))
+    timesteps = objective.draw_timesteps(len(latents), latents.device)
+    columns = (objective.a, objective.b, objective.c, objective.d, objective.delta)
+    a, b, c, d, delta = (column[timesteps].view(-1, 1, 1, 1) for column in columns)
 
     def rows_of(prediction: Tensor, target: Tensor) -> Tensor:
         return (objective.distance(prediction.float() - target, delta) * batch.mask).flatten(1).mean(1)
@@ -2546,6 +2668,8 @@ def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_s
         own = next((rule for rule in rules if rule.rate and name.startswith(f"unet.{rule.block}.")), None)
         if component == "unet":
             rate, decay = own.rate if own else args.learning_rate, args.adam_weight_decay
+        elif args.train_text_encoder_ti:
+            rate, decay, component = args.token_lr, 0.0, "tokens"
         else:
             rate, decay = args.text_encoder_lr, args.adam_weight_decay_text_encoder
         label = f"{component}/{own.block}" if own else component
@@ -2567,6 +2691,15 @@ class Average:
     def shown(self) -> Iterator[None]:
         """The average in the place of the adapters, for as long as the block lasts."""
         yield
+
+    def before(self, function: Callable[..., None]) -> Callable[..., None]:
+        """The function with the average in the place of the adapters."""
+
+        def call(*arguments: Any) -> None:
+            with self.shown():
+                function(*arguments)
+
+        return call
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -2649,12 +2782,15 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
 KEPT_SETTINGS = (
     "rank", "lora_alpha", "use_rslora", "use_dora", "lora_init", "lora_preset", "lora_layers", "lora_unet_blocks",
     "optimizer", "loraplus_lr_ratio", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
-    "prodigy_safeguard_warmup", "use_ema", "ema_half_life", "caption_dropout", "lora_dropout", "train_text_encoder", "base_precision", "resolution",
+    "prodigy_safeguard_warmup", "use_ema", "ema_half_life", "caption_dropout", "lora_dropout", "train_text_encoder",
+    "train_text_encoder_frac", "train_text_encoder_ti", "train_text_encoder_ti_frac", "token_abstraction",
+    "num_new_tokens_per_abstraction", "initializer_concept", "token_lr", "clip_skip", "base_precision", "resolution",
     "train_batch_size", "prediction_type", "rescale_betas_zero_snr", "do_edm_style_training", "snr_gamma",
     "loss_weighting", "loss_type", "huber_schedule", "huber_c", "noise_offset", "input_perturbation", "min_timestep",
-    "max_timestep", "timestep_bias", "prior_preservation", "dco_beta", "background_loss_weight", "max_grad_norm", "learning_rate", "text_encoder_lr",
-    "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
+    "max_timestep", "timestep_bias", "prior_preservation", "dco_beta", "background_loss_weight", "max_grad_norm",
+    "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
+    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
+    "adam_weight_decay_text_encoder")
 """Flags that make the run what it is. Others, such as --max_train_steps, validation, logging and where things are, may
 change between start and resume.
 """
@@ -2756,6 +2892,14 @@ def save_checkpoint(run: Run, state: TrainingState, step: int) -> None:
         doomed = old.with_name(f".{old.name}.tmp")  # a run that is killed meanwhile leaves no half of a checkpoint
         old.replace(doomed)
         remove(doomed)
+
+
+def make_savers(run: Run, state: TrainingState) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """What writes the checkpoint of a step, and the LoRA files; nothing but on the first rank."""
+    if not run.accelerator.is_main_process:
+        return lambda step: None, lambda: None
+    loras = functools.partial(write_loras, run, run.output, state.model)
+    return functools.partial(save_checkpoint, run, state), state.average.before(loras)
 
 
 class Wishes(NamedTuple):
@@ -3028,6 +3172,11 @@ def due(step: int, every: int, last: int | None = None) -> bool:
     return step % every == 0 or step == last
 
 
+def validation_every(args: argparse.Namespace, schedule: Schedule) -> int:
+    """Steps between two validations."""
+    return args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
+
+
 def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> tqdm:
     """A bar on a terminal, a line twice a minute elsewhere, nothing on other ranks or below --log_level info."""
     return tqdm(total=total, desc=label, initial=initial, delay=delay, mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -3139,7 +3288,7 @@ class GradientWatch:
         norms = torch.stack(torch._foreach_norm(gradients))
         self.largest, self.left = torch.maximum(self.largest.to(norms.device), norms), self.left - 1
         idle = [] if self.left else [name for name, norm in zip(self.adapters, self.largest.tolist(), strict=True)
-                                     if norm == 0]
+                                     if norm == 0 and self.adapters[name].requires_grad]
         if idle:
             logger.warning("warning: %d of %d adapters got no gradient, %s first: they learn nothing.", len(idle),
                            len(self.adapters), idle[0])
@@ -3163,18 +3312,19 @@ def micro_batches(step: int, accumulation: int, accelerator: Accelerator) -> ran
     return range(step * accumulation * world + accelerator.process_index, (step + 1) * accumulation * world, world)
 
 
-def backward(accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch) -> Loss:
-    """Add the gradients of one micro-batch, and return its loss without waiting for it."""
+def backward(accelerator: Accelerator, model: nn.Module, objective: Objective,
+             batch: Batch) -> tuple[Batch, Loss]:
+    """Add the gradients of one micro-batch, and return it with its loss, without waiting for that."""
     with accelerator.accumulate(model):
         loss = diffusion_loss(model, objective, batch)
         accelerator.backward(loss.total)
-    return loss._replace(total=loss.total.detach())
+    return batch, loss._replace(total=loss.total.detach())
 
 
 def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its mean over all ranks: one all-reduce of 4 bytes a trained parameter, once a step."""
     if accelerator.num_processes > 1:
-        gradients = [adapter.grad for adapter in adapters]
+        gradients = [adapter.grad for adapter in adapters if adapter.grad is not None]  # none: of settled encoders
         flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         parts = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
@@ -3189,8 +3339,30 @@ class Outcome(NamedTuple):
     skipped: int  # steps whose numbers were not finite
 
 
+def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTable,
+                 total_steps: int) -> Callable[[int, Average], None]:
+    """A function of the step to come, which settles the text encoders once their share of the steps is over."""
+    share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
+    last = [round(share * total_steps)] if trains_text(args) and share < 1 else []
+
+    def settle(step: int, average: Average) -> None:
+        if not last or step < last[0]:
+            return
+        last.clear()
+        with average.shown():  # from now on, what is trained is what is drawn with
+            model.settle_text(table)
+            settled = {name: parameter.data.clone() for name, parameter in model.adapters().items()
+                       if not name.startswith("unet.")}
+        for name, data in settled.items():
+            model.adapters()[name].data.copy_(data)
+        model.train()
+
+    return settle
+
+
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective,
-          validate: Callable[[int], None], schedule: Schedule, digest: str) -> Outcome:
+          validate: Callable[[int], None], settle_text: Callable[[int, Average], None], schedule: Schedule,
+          digest: str) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off; digest is that of the data."""
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
@@ -3201,10 +3373,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))
     step = resume(args.resume_from_checkpoint, run.output, state)
     check_alike(step, digest)
-    save = functools.partial(save_checkpoint, run, state)
-    save_loras = functools.partial(write_loras, run, run.output, model)
-    save, save_loras = (save, save_loras) if accelerator.is_main_process else (lambda step: None, lambda: None)
-    validation_steps = args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
+    (save, save_loras), validate = make_savers(run, state), average.before(validate)
     if step == 0:
         validate(0)
     model.train()
@@ -3213,10 +3382,10 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     wishes = Wishes(0, 0)
     with progress.bar:
         while step < last and not wishes.stop:
+            settle_text(step, average)
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
                 torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
-                batch = batch_at(n)
-                progress.note(batch, backward(accelerator, model, objective, batch))
+                progress.note(*backward(accelerator, model, objective, batch_at(n)))
             share_gradients(accelerator, adapters)
             watch.look()
             if progress.accept(accelerator.clip_grad_norm_(adapters, args.max_grad_norm)):
@@ -3231,13 +3400,10 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             if saving:
                 save(step)
             if step == last:
-                with average.shown():
-                    save_loras()  # before the last pictures: a card that is too small for those has the LoRA
-            if due(step, validation_steps, last):
-                with average.shown():
-                    validate(step)
-    with average.shown():
-        save_loras()
+                save_loras()  # before the last pictures: a card that is too small for those has the LoRA
+            if due(step, validation_every(args, schedule), last):
+                validate(step)
+    save_loras()
     return Outcome(step, progress.loss, wishes.stop if step < last else 0, progress.skipped)
 
 
@@ -3248,7 +3414,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
 def lora_tensors(model: TrainableSDXL) -> dict[str, Tensor]:
     """The adapters under the names that every diffusers loader knows, float32 on the CPU."""
     tensors = {}
-    for component, part in model.components().items():
+    for component, part in model.adapted().items():
         for name, tensor in peft.get_peft_model_state_dict(part, adapter_name="default").items():
             # transformers 5 dropped the first encoder's `text_model.`, which every reader outside still expects
             middle = "text_model." if component != "unet" and not name.startswith("text_model.") else ""
@@ -3260,7 +3426,7 @@ def lora_metadata(model: TrainableSDXL) -> dict[str, str]:
     """The header entry from which diffusers restores rank and alpha; the fields that old and new peft share."""
     fields = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora",
               "lora_bias")
-    configs = {component: part.peft_config["default"].to_dict() for component, part in model.components().items()}
+    configs = {component: part.peft_config["default"].to_dict() for component, part in model.adapted().items()}
     settings = {f"{component}.{field}": config[field] for component, config in configs.items() for field in fields}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
 
@@ -3352,7 +3518,8 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
         "network_args": "{}",
         "sd_model_name": Path(run.base.name).name, "vae_name": Path(run.vae.name).name, "seed": run.seed,
         "learning_rate": args.learning_rate, "unet_lr": args.learning_rate, "lr_scheduler": args.lr_scheduler,
-        "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None, "optimizer": optimizer_name(args),
+        "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None,
+        "optimizer": optimizer_name(args),
         "max_train_steps": args.max_train_steps, "mixed_precision": run.accelerator.mixed_precision,
         "batch_size_per_device": args.train_batch_size, "min_snr_gamma": args.snr_gamma,
         "gradient_accumulation_steps": args.gradient_accumulation_steps, "num_train_images": run.pictures,
@@ -3383,6 +3550,10 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
     dtype, tensors = PRECISIONS[run.args.lora_dtype], lora_tensors(model)
     diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     write_lora(folder / LORA_FILE, diffusers_form, lora_metadata(model))
+    if run.args.train_text_encoder_ti:  # under the names that all readers know
+        rows = {name: encoder.get_input_embeddings().rows.detach().cpu().to(dtype).contiguous()
+                for name, encoder in zip(("clip_l", "clip_g"), model.text_encoders, strict=True)}
+        write_lora(folder / EMBEDDINGS_FILE, rows, {"format": "pt"})
     if run.args.output_kohya_format:
         scales, layers = model.scales(), model.unet.config.layers_per_block
         kohya_form = {**kohya_tensors(diffusers_form, scales, layers), **kohya_dora(model, layers)}
@@ -3474,7 +3645,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 {vae_line}pipeline = StableDiffusionXLPipeline.{loader}({base!r}{vae_argument}, {dtype}=torch.float16)
 {scheduler_line}pipeline.to("cuda").load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
-image = pipeline({prompt!r}, num_inference_steps=25).images[0]
+{tokens_line}image = pipeline({prompt!r}, num_inference_steps=25{skip_argument}).images[0]
 ```
 
 In ComfyUI, A1111 or Forge: {webui}
@@ -3538,11 +3709,11 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
     args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
     gallery, samples = sorted(validation_folder(run.output, step).glob("*.png")), write_samples(run, subject)
-    trigger, drawn = args.instance_prompt or subject[0].prompt, run.prompts
+    trigger, drawn = with_tokens(args, args.instance_prompt or subject[0].prompt), run.prompts
     data = ModelCardData(
         license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
-        widget=[{"text": drawn[int(path.stem) // args.num_validation_images] or " ",
+        widget=[{"text": with_tokens(args, drawn[int(path.stem) // args.num_validation_images]) or " ",
                  "output": {"url": path.relative_to(run.output).as_posix()}} for path in gallery] or None)
     command, single = command_of(args, run.seed), Path(base).is_file()
     changed = 'prediction_type="v_prediction"' + ', rescale_betas_zero_snr=True, timestep_spacing="trailing"' * bool(
@@ -3551,7 +3722,9 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, rank=args.rank,
         pictures=run.pictures, repo=repo, trigger=trigger.replace("`", "'"),
-        prompt=drawn[0] if drawn else trigger, settings=card_settings(run, step), data=describe_data(subject) + shown,
+        tokens_line=tokens_line(args, repo), skip_argument=f", clip_skip={args.clip_skip}" if args.clip_skip else "",
+        prompt=with_tokens(args, drawn[0] if drawn else trigger), settings=card_settings(run, step),
+        data=describe_data(subject) + shown,
         loader="from_single_file" if single else "from_pretrained", dtype="torch_dtype" if single else "dtype",
         scheduler_line="pipeline.scheduler = type(pipeline.scheduler).from_config(\n    pipeline.scheduler.config, "
                        f"{changed})\n" if run.scheduler.config.prediction_type == "v_prediction" else "",
@@ -3564,6 +3737,24 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     with written_beside(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
     return gallery + samples
+
+
+TOKENS = """from safetensors.torch import load_file
+embeddings = load_file({file})
+for name, encoder, tokenizer in (("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+                                 ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2)):
+    pipeline.load_textual_inversion(embeddings[name], token={tokens}, text_encoder=encoder, tokenizer=tokenizer)
+"""
+
+
+def tokens_line(args: argparse.Namespace, repo: str) -> str:
+    """The lines of a card's snippet that load the new tokens."""
+    if not args.train_text_encoder_ti:
+        return ""
+    local, place = f'"{repo}/{EMBEDDINGS_FILE}"', f'hf_hub_download("{repo}", "{EMBEDDINGS_FILE}")'
+    imports = "from huggingface_hub import hf_hub_download\n" if args.push_to_hub else ""
+    tokens = sum(new_tokens(args).values(), [])
+    return imports + TOKENS.format(file=place if args.push_to_hub else local, tokens=tokens)
 
 
 def vae_line(vae: str) -> str:
@@ -3612,7 +3803,8 @@ def create_repository(args: argparse.Namespace) -> str:
 def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
     """Upload LoRA, card and gallery, and nothing else, in one commit; returns its address. Raises HubError."""
     output, api = Path(args.output_dir), HfApi(token=args.hub_token)
-    files = [output / LORA_FILE, output / "README.md", *gallery, *[output / KOHYA_FILE] * args.output_kohya_format]
+    files = [output / LORA_FILE, output / "README.md", *gallery, *[output / KOHYA_FILE] * args.output_kohya_format,
+             *[output / EMBEDDINGS_FILE] * args.train_text_encoder_ti]
 
     def upload() -> str:
         operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path)
@@ -3736,7 +3928,7 @@ class Rehearsal:
         """Add the adapters, which fake tensors cannot bear later."""
         add_adapters(self.args, self.unet, unet_targets(self.args), rules_of(self.args), self.args.use_dora)
         for encoder in self.encoders if self.args.train_text_encoder else ():
-            add_adapters(self.args, encoder, text_encoder_targets(encoder))
+            add_adapters(self.args, encoder, text_encoder_targets(encoder, self.args.clip_skip))
 
     def packed_unet(self, dtype: torch.dtype) -> nn.Module:
         """The UNet as it lies on the device; unpacked it was on the host only."""
@@ -3781,7 +3973,7 @@ class Rehearsal:
     @torch.enable_grad()
     def training(self) -> None:
         """One optimizer step, the optimizer's moments included."""
-        args, trained = self.args, self.encoders if self.args.train_text_encoder else []
+        args, trained = self.args, self.encoders if trains_text(self.args) else []
         for encoder in trained:
             give_storage(encoder, self.run.dtype)
         unet = self.packed_unet(self.run.dtype)
@@ -3815,7 +4007,7 @@ def estimate_memory(run: Run) -> dict[str, Cost]:
         "validation": (validation, lambda room: room.drawing(1, run.dtype, room.drawn)),
         "decoding": (validation or prior, Rehearsal.decoding),
         "training": (True, Rehearsal.training),
-        "prompts": (not args.train_text_encoder, Rehearsal.prompts),
+        "prompts": (not trains_text(args), Rehearsal.prompts),
     }
     costs = {}
     for name, (happens, phase) in phases.items():
@@ -3898,8 +4090,8 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
 def meet_again(timeout: timedelta) -> None:
     """Join the processes of a launcher's restart under keys of their own. Raises RuntimeError.
 
-    The launcher's store outlives a restart (torch 2.14, static rendezvous) with the addresses of the dead in it, and who
-    reads one before its owner has written anew waits for nobody.
+    The launcher's store outlives a restart (torch 2.14, static rendezvous) with the addresses of the dead in it, and
+    who reads one before its owner has written anew waits for nobody.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -3999,12 +4191,16 @@ def describe_adapters(run: Run) -> str:
     args, told, trained = run.args, [], []
     for part in ("unet", *(TEXT_ENCODERS if args.train_text_encoder else ())):
         model, is_unet = sketch(run.base, part), part == "unet"
-        add_adapters(args, model, unet_targets(args) if is_unet else text_encoder_targets(model),
+        add_adapters(args, model, unet_targets(args) if is_unet else text_encoder_targets(model, args.clip_skip),
                      rules_of(args) if is_unet else (), args.use_dora and is_unet)
         layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
         ranks = sorted({layer.r["default"] for layer in layers})
         told.append(f"rank {', '.join(map(str, ranks))} on {len(layers)} layers of the {part.replace('unet', 'UNet')}")
         trained += [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(map(len, new_tokens(args).values()))
+    if count:
+        told.append(f"{count} new tokens in both text encoders")
+        trained += [count * sketch(run.base, part).config.hidden_size for part in TEXT_ENCODERS]
     kind = "DoRA, " if args.use_dora else "rank-stabilised, " if args.use_rslora else ""
     return f"{kind}{'; '.join(told)}: {sum(trained) / 1e6:.2f} M parameters, {4 * sum(trained) / 1e6:.1f} MB"
 
@@ -4116,7 +4312,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     samples = subject + class_samples(args, subject)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
     prompts = [*(sample.prompt for sample in samples), *run.prompts, args.validation_negative_prompt]
-    table = build_text(run, prompts, args.train_text_encoder, run.dtype)
+    table = build_text(run, prompts, trains_text(args), run.dtype)
     cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
     rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
@@ -4126,7 +4322,8 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     open_output(run)
     report = functools.partial(write_report, run, subject, buckets)
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
-                    make_validator(run, model, table, report), schedule, cache.digest)
+                    make_validator(run, model, table, report),
+                    make_settler(args, model, table, schedule.total_steps), schedule, cache.digest)
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, report, (time.perf_counter() - started) / 60)
     with hushed():

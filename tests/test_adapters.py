@@ -141,9 +141,7 @@ def test_lora_plus_groups_are_pefts(train):
         for group in trainer.make_optimizer(run.args, model, 1).param_groups
         for parameter in group["params"]
     }
-    theirs = create_loraplus_optimizer(
-        model.unet, torch.optim.AdamW, lr=run.args.learning_rate, loraplus_lr_ratio=16
-    )
+    theirs = create_loraplus_optimizer(model.unet, torch.optim.AdamW, lr=run.args.learning_rate, loraplus_lr_ratio=16)
     for group in theirs.param_groups:
         assert all(ours[id(parameter)] == pytest.approx(group["lr"]) for parameter in group["params"])
     assert sorted(set(ours.values())) == pytest.approx([1e-3, 1e-2, 1.6e-2, 0.16])
@@ -156,9 +154,12 @@ def test_what_begins_as_weights_is_pefts_and_leaves_the_base_alone(train, kind):
     layer = next(layer for layer in model.layers)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     base = layer.base_layer.weight
-    assert torch.equal(base, trainer.load_part(run.base, "unet", torch.float32).state_dict()[
-        next(name for name, module in model.unet.named_modules() if module is layer) + ".weight"
-    ])
+    assert torch.equal(
+        base,
+        trainer.load_part(run.base, "unet", torch.float32).state_dict()[
+            next(name for name, module in model.unet.named_modules() if module is layer) + ".weight"
+        ],
+    )
     assert (b @ a).abs().max() < 1e-6  # nothing is changed yet
     strongest = b[:, :4] @ a[:4]
     if kind == "pissa":  # nearly the best approximation of that rank
@@ -285,10 +286,18 @@ def test_the_moving_average_is_the_formula(train, tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
     state = torch.load(whole / "checkpoint-4" / "state.pt")
     trained = load_file(plain / trainer.LORA_FILE)
-    assert torch.equal(next(iter(state["adapters"].values())), next(iter(
-        tensor for key, tensor in trained.items() if key.startswith("unet.") and "lora_A" in key
-        and key == "unet." + next(iter(state["adapters"])).removeprefix("unet.").replace(".default", "")
-    )))
+    assert torch.equal(
+        next(iter(state["adapters"].values())),
+        next(
+            iter(
+                tensor
+                for key, tensor in trained.items()
+                if key.startswith("unet.")
+                and "lora_A" in key
+                and key == "unet." + next(iter(state["adapters"])).removeprefix("unet.").replace(".default", "")
+            )
+        ),
+    )
 
 
 CONTRADICTIONS = [

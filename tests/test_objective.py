@@ -363,9 +363,7 @@ def test_the_class_is_preserved_without_pictures(train, tmp_path, kind, encoders
     flags |= {"class_prompt": "a photo of a dog"} if kind == "base_model" else {}
     whole = load_file(train(**flags, output_dir=tmp_path / "a") / trainer.LORA_FILE)
     train(**{**flags, "max_train_steps": 2}, output_dir=tmp_path / "b")
-    resumed = load_file(
-        train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest") / trainer.LORA_FILE
-    )
+    resumed = load_file(train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest") / trainer.LORA_FILE)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list((tmp_path / "a").rglob("generated-*"))
 

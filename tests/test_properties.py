@@ -93,8 +93,9 @@ def test_a_configuration_is_read_or_refused_in_one_sentence(tmp_path_factory, va
     parser = trainer.make_parser()
     try:
         words = trainer.config_as_words(parser, str(path))
-        args, strangers = parser.parse_known_args(["--pretrained_model_name_or_path=x", "--instance_data_dir=x",
-                                                   "--instance_prompt=x", *words])
+        args, strangers = parser.parse_known_args(
+            ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", *words]
+        )
     except trainer.UserError as error:
         assert str(error)
         return

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from conftest import build_tiny
+from diffusers import StableDiffusionXLPipeline
 from original_format import write_single_file, write_vae_file
 from safetensors.torch import load_file, save_file
 

@@ -213,8 +213,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_is_whole(train, tmp_path
     small.mkdir()
     words = train.words(output_dir=small / "out", checkpointing_steps=2, max_train_steps=8, rank=8)
     script = (
-        f"mount -t tmpfs -o size={kilobytes}k tmpfs {small} && "
-        f'"$@"; code=$?; cp -r {small}/out {kept} && exit $code'
+        f'mount -t tmpfs -o size={kilobytes}k tmpfs {small} && "$@"; code=$?; cp -r {small}/out {kept} && exit $code'
     )
     told = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", SMALL_DISK, str(SCRIPT.parent), *words],

@@ -378,6 +378,7 @@ def test_output_of_a_run_is_plan_progress_summary(train):
         "Subject",
         "Base",
         "LoRA",
+        "Optimizer",
         "Steps",
         "Output",
         "Cache",

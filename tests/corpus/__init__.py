@@ -132,7 +132,9 @@ PICTURES = [
     Case("corrupt ICC profile", one("a.png", encoded(icc_profile=b"no profile at all")), FINE),
     Case("unreadable", placed(lambda folder: (folder / "a.png").symlink_to("/proc/self/mem")), CANNOT + r"a\.png"),
     Case("a folder named a.png", placed(lambda folder: (folder / "a.png").mkdir()), FINE),
-    Case("a dangling link", placed(lambda folder: (folder / "a.png").symlink_to("nowhere")), CANNOT + "link to nowhere"),
+    Case(
+        "a dangling link", placed(lambda folder: (folder / "a.png").symlink_to("nowhere")), CANNOT + "link to nowhere"
+    ),
     Case("a link in a circle", placed(lambda folder: (folder / "a.png").symlink_to("a.png")), CANNOT + r"a\.png"),
     Case("a FIFO", placed(lambda folder: os.mkfifo(folder / "a.png")), CANNOT + r"a\.png"),
     Case(
@@ -142,7 +144,9 @@ PICTURES = [
     ),
     Case("a notebook's folder", placed(lambda folder: (folder / ".ipynb_checkpoints").mkdir()), FINE),
     Case("no picture", lambda folder, stock: {"instance_data_dir": folder}, "holds no picture"),
-    Case("no folder", lambda folder, stock: {"instance_data_dir": folder / "x"}, "--instance_data_dir .* no such folder"),
+    Case(
+        "no folder", lambda folder, stock: {"instance_data_dir": folder / "x"}, "--instance_data_dir .* no such folder"
+    ),
     Case("a file as the folder", lambda folder, stock: {"instance_data_dir": __file__}, "no such folder"),
 ]
 
@@ -183,7 +187,11 @@ GOOD = line(file_name="good.png", text="a dog")
 JSONL, CSV = "metadata.jsonl", "metadata.csv"
 CAPTIONS = [
     Case("an empty caption", beside("good.txt", ""), FINE),
-    Case("an empty caption and no prompt", beside("good.txt", " \n", instance_prompt=None), "--instance_prompt is needed"),
+    Case(
+        "an empty caption and no prompt",
+        beside("good.txt", " \n", instance_prompt=None),
+        "--instance_prompt is needed",
+    ),
     Case("a caption alone", beside("good.txt", "a dog", instance_prompt=None), FINE),
     Case("a byte order mark", beside("good.txt", b"\xef\xbb\xbfa dog", instance_prompt=None), FINE),
     Case("cp1252", beside("good.txt", "café".encode("cp1252")), r"good\.txt is not in UTF-8 but looks like CP1252"),
@@ -202,9 +210,15 @@ CAPTIONS = [
     Case("a name that is a number", beside(JSONL, line(file_name=7, text="a dog")), "line 1: no file_name and text"),
     Case("a picture that is missing", beside(JSONL, line(file_name="x.png", text="a")), "line 1: x.png is not there"),
     Case("a picture named twice", beside(JSONL, GOOD + GOOD), "line 2: good.png is named twice"),
-    Case("a path that leads outside", beside(JSONL, line(file_name="../../etc/passwd", text="a")), "outside of the folder"),
+    Case(
+        "a path that leads outside",
+        beside(JSONL, line(file_name="../../etc/passwd", text="a")),
+        "outside of the folder",
+    ),
     Case("an absolute path", beside(JSONL, line(file_name="/etc/passwd", text="a")), "outside of the folder"),
-    Case("several faults at once", beside(JSONL, "7\n" + line(file_name="x.png", text="a")), "line 1: .*; line 2: x.png"),
+    Case(
+        "several faults at once", beside(JSONL, "7\n" + line(file_name="x.png", text="a")), "line 1: .*; line 2: x.png"
+    ),
     Case("a table", beside(CSV, 'file_name,text\ngood.png,"a, dog"\n', instance_prompt=None), FINE),
     Case("a table without its header", beside(CSV, "good.png,a dog\nx.png,a dog\n"), "line 2: no file_name and text"),
     Case("a table with a row too short", beside(CSV, "file_name,text\ngood.png\n"), "line 2: good.png has no text"),
@@ -257,9 +271,18 @@ BASES = [
     *(Case(f"{p} cut off", base(lambda m, p=p: cut(m / weights(p))), f"{BASE}: .*{p}.* cut off") for p in PARTS),
     Case("weights of zero bytes", base(lambda m: (m / weights("unet")).write_bytes(b"")), "cut off"),
     Case("weights that are a web page", base(lambda m: (m / weights("vae")).write_text("<html>" * 9)), "cut off"),
-    Case("weights that are a list", base(lambda m: (m / weights("vae")).write_bytes(bytes([2] + [0] * 7) + b"[]")), "cut"),
+    Case(
+        "weights that are a list",
+        base(lambda m: (m / weights("vae")).write_bytes(bytes([2] + [0] * 7) + b"[]")),
+        "cut",
+    ),
     Case("pickles alone", base(pickled), "--allow_pickle"),
-    Case("another width", base(lambda m: set_json(m / "unet" / "config.json", block_out_channels=[32, 64])), "unet of", True),
+    Case(
+        "another width",
+        base(lambda m: set_json(m / "unet" / "config.json", block_out_channels=[32, 64])),
+        "unet of",
+        True,
+    ),
     Case("no tokenizer", base(lambda m: shutil.rmtree(m / "tokenizer")), "tokenizer of", True),
     Case("no scheduler", base(lambda m: shutil.rmtree(m / "scheduler")), f"{BASE} .* cannot be loaded", True),
     Case("a broken index", base(lambda m: (m / "model_index.json").write_text("{")), "no readable model_index.json"),
@@ -267,8 +290,12 @@ BASES = [
     Case("no index", base(lambda m: (m / "model_index.json").unlink()), "no readable model_index.json"),
     Case("Stable Diffusion 1.5", other_model, "StableDiffusionPipeline, not SDXL"),
     Case("a name that is no id", lambda folder, stock: {"pretrained_model_name_or_path": "sdxl"}, "no Hub id"),
-    Case("another prediction", base(lambda m: set_json(m / "scheduler" / "scheduler_config.json", prediction_type="sample")),
-         "predicts 'sample'", True),
+    Case(
+        "another prediction",
+        base(lambda m: set_json(m / "scheduler" / "scheduler_config.json", prediction_type="sample")),
+        "predicts 'sample'",
+        True,
+    ),
 ]
 
 
@@ -293,7 +320,12 @@ CHECKPOINTS = [
     Case("a state that is a tensor", state(lambda path: torch.save(torch.ones(3), path)), SOUND, True),
     Case("no state", state(lambda path: path.unlink()), "names no checkpoint"),
     Case("no checkpoint", lambda folder, stock: {"resume_from_checkpoint": "checkpoint-7"}, "names no checkpoint"),
-    Case("another rank", lambda f, s: {"resume_from_checkpoint": s.checkpoint, "rank": 8}, "--rank was 4 and is now 8", True),
+    Case(
+        "another rank",
+        lambda f, s: {"resume_from_checkpoint": s.checkpoint, "rank": 8},
+        "--rank was 4 and is now 8",
+        True,
+    ),
 ]
 
 
@@ -338,21 +370,35 @@ FLAGS = [
     Case("buckets of nobody", flags(aspect_ratio_buckets="big"), "'big' is neither auto nor sizes"),
     Case("buckets between eights", flags(aspect_ratio_buckets="1024x1020"), "each side a multiple of 8"),
     Case("a validation size between eights", flags(validation_resolution=20), "--validation_resolution 20 is not"),
-    Case("no file of prompts", flags(validation_prompts="nowhere.txt"), "--validation_prompts nowhere.txt: no such file"),
+    Case(
+        "no file of prompts", flags(validation_prompts="nowhere.txt"), "--validation_prompts nowhere.txt: no such file"
+    ),
     Case("no folder of masks", flags(masked_loss=True, mask_dir="nowhere"), "--mask_dir nowhere: no such folder"),
     Case("masks without any", flags(masked_loss=True), "--masked_loss finds no mask"),
     Case("a data set and a folder", flags(dataset_name="a/b"), "exclude each other"),
     Case("a tracker of nobody", flags(report_to="nobody"), "--report_to: invalid choice"),
     Case("a type of nobody", flags(lora_dtype="fp8"), "--lora_dtype: invalid choice"),
     Case("a resolution between eights", flags(resolution=20), "--resolution 20 is not a multiple of 8; 24 is"),
-    Case("prior preservation without a prompt", flags(with_prior_preservation=True, class_data_dir="x"), "--class_prompt"),
-    Case("prior preservation without a folder", flags(with_prior_preservation=True, class_prompt="x"), "--class_data_dir"),
+    Case(
+        "prior preservation without a prompt",
+        flags(with_prior_preservation=True, class_data_dir="x"),
+        "--class_prompt",
+    ),
+    Case(
+        "prior preservation without a folder",
+        flags(with_prior_preservation=True, class_prompt="x"),
+        "--class_data_dir",
+    ),
     Case("a dropout of one", flags(lora_dropout=1), "must be below 1"),
     Case("a schedule of nobody", flags(lr_scheduler="fast"), "--lr_scheduler: invalid choice: 'fast'"),
     Case("a precision of nobody", flags(mixed_precision="fp8"), "--mixed_precision: invalid choice: 'fp8'"),
-    Case("an output folder below a file", flags(output_dir=Path(__file__) / "out"), "--output_dir .* cannot be written"),
+    Case(
+        "an output folder below a file", flags(output_dir=Path(__file__) / "out"), "--output_dir .* cannot be written"
+    ),
     Case("an output folder in /proc", flags(output_dir="/proc/out"), "--output_dir /proc/out cannot be written"),
-    Case("a cache folder below a file", flags(cache_latents_dir=Path(__file__) / "c"), "--cache_latents_dir .* cannot"),
+    Case(
+        "a cache folder below a file", flags(cache_latents_dir=Path(__file__) / "c"), "--cache_latents_dir .* cannot"
+    ),
     Case("an empty prompt", flags(instance_prompt=""), FINE),
     Case("a prompt of a thousand words", flags(instance_prompt="dog " * 1000), FINE, True),
     Case("a prompt of signs", flags(instance_prompt="\x00\x1b]0;x\x07 <script> --- `{}`"), FINE, True),

@@ -1,0 +1,183 @@
+"""What the text encoders learn: a share of the steps, new tokens, layers left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_dreambooth_lora_sdxl as trainer
+
+TI = {"train_text_encoder_ti": True, "instance_prompt": "a photo of TOK dog", "token_lr": 1e-2}
+
+
+def picture(output: Path, step: int) -> bytes:
+    return Image.open(output / f"validation/step-{step:06d}/00.png").tobytes()
+
+
+def drawn_by_a_user(pipeline, prompt, **extra) -> bytes:
+    pipeline.set_progress_bar_config(disable=True)
+    seeded = torch.Generator().manual_seed(1)
+    drawn = pipeline(prompt, num_inference_steps=25, generator=seeded, height=16, width=16, **extra)
+    return drawn.images[0].tobytes()
+
+
+def load_tokens(pipeline, folder, tokens) -> None:
+    """As the card says."""
+    embeddings = load_file(folder / "embeddings.safetensors")
+    assert set(embeddings) == {"clip_l", "clip_g"}
+    for name, encoder, tokenizer in (
+        ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+        ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
+    ):
+        pipeline.load_textual_inversion(embeddings[name], token=tokens, text_encoder=encoder, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("average", [{}, {"use_ema": True, "ema_half_life": 2}])
+def test_pivotal_tuning_draws_what_a_user_draws(train, tiny, tmp_path, share, average):
+    flags = {**TI, **average, "train_text_encoder_ti_frac": share, "validation_prompt": "TOK dog on grass"}
+    flags |= {"num_validation_images": 1, "max_train_steps": 6, "checkpointing_steps": 3, "output_kohya_format": True}
+    output = train(**flags, output_dir=tmp_path / "a")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    load_tokens(pipeline, output, ["<s0>", "<s1>"])
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
+    assert picture(output, 6) == drawn_by_a_user(pipeline, "<s0><s1> dog on grass")
+    assert picture(output, 0) != picture(output, 6)
+    tokens = load_file(output / "embeddings.safetensors")
+    halfway = load_file(output / "checkpoint-3" / "embeddings.safetensors")
+    assert torch.equal(tokens["clip_l"], halfway["clip_l"]) == (share == 0.5)
+    with pytest.raises(trainer.Stopped):
+        train(**flags, output_dir=tmp_path / "b", max_train_minutes=1e-9)
+    resumed = train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest")
+    for name in (trainer.LORA_FILE, "embeddings.safetensors"):
+        first, second = load_file(output / name), load_file(resumed / name)
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    card = (output / "README.md").read_text()
+    assert "a photo of <s0><s1> dog" in card and "load_textual_inversion" in card
+
+
+def test_only_the_new_rows_change(train):
+    """Bit for bit: every other tensor of the encoders is what it was."""
+    run = trainer.start(train.args(**TI))
+    model = trainer.load_trainable(run)
+    before = {name: tensor.clone() for name, tensor in model.text_encoders.state_dict().items()}
+    table = trainer.build_text(run, ["a photo of TOK dog"], True, torch.float32)
+    optimizer = trainer.make_optimizer(run.args, model, 1)
+    for _ in range(3):
+        embeds, pooled = model.embed(table.of("a photo of TOK dog"))
+        (embeds.square().mean() + pooled.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.text_encoders.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 2 and all(name.endswith(".rows") for name in changed)
+    assert {group["name"] for group in optimizer.param_groups} == {"unet", "tokens"}
+
+
+def test_tokens_begin_as_a_concept_or_at_random(train):
+    run = trainer.start(train.args(**TI, initializer_concept="red dog", num_new_tokens_per_abstraction=3))
+    tokenizer = trainer.load_part(run.base, "tokenizer")
+    ids = tokenizer("red dog", add_special_tokens=False).input_ids
+    for encoder in trainer.load_trainable(run).text_encoders:
+        embedding = encoder.get_input_embeddings()
+        known = embedding.known.weight
+        assert torch.equal(embedding.rows, known[[ids[0], ids[1], ids[0]]])
+    for encoder in trainer.load_trainable(trainer.start(train.args(**TI))).text_encoders:
+        embedding = encoder.get_input_embeddings()
+        assert embedding.rows.std().item() == pytest.approx(float(embedding.known.weight.std()), rel=0.5)
+
+
+def test_prompts_are_tokenised_as_at_inference(train, tiny):
+    """With several abstractions: both words are replaced, and the ids are those of a user's pipeline."""
+    flags = {"token_abstraction": "TOK,STYLE", "instance_prompt": "a TOK dog in STYLE"}
+    run = trainer.start(train.args(**{**TI, **flags}))
+    tokens = ["<s0>", "<s1>", "<s2>", "<s3>"]
+    assert trainer.with_tokens(run.args, "TOK dog in STYLE") == "<s0><s1> dog in <s2><s3>"
+    table = trainer.build_text(run, ["a TOK dog in STYLE"], True, torch.float32)
+    model = trainer.load_trainable(run)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    for part, encoder, tokenizer in zip(
+        model.text_encoders,
+        (pipeline.text_encoder, pipeline.text_encoder_2),
+        (pipeline.tokenizer, pipeline.tokenizer_2),
+        strict=True,
+    ):
+        rows = part.get_input_embeddings().rows.detach()
+        pipeline.load_textual_inversion(rows, token=tokens, text_encoder=encoder, tokenizer=tokenizer)
+    theirs = pipeline.encode_prompt("a <s0><s1> dog in <s2><s3>", do_classifier_free_guidance=False)
+    with torch.no_grad():
+        embeds, pooled = model.embed(table.of("a TOK dog in STYLE"))
+    torch.testing.assert_close(embeds, theirs[0])
+    torch.testing.assert_close(pooled, theirs[2])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_encoders_stop_for_real(train, tiny, tmp_path, share):
+    """Their adapters stay as they were from that step on, the UNet's go on; resumed before and after, it is exact."""
+    flags = {"train_text_encoder": True, "text_encoder_lr": 1e-2, "train_text_encoder_frac": share}
+    flags |= {"max_train_steps": 6, "checkpointing_steps": 1, "lora_dropout": 0.3, "use_8bit_adam": False}
+    output = train(**flags, output_dir=tmp_path / "a", validation_prompt="a dog", num_validation_images=1)
+    stopped, last = max(1, round(6 * share)), load_file(output / trainer.LORA_FILE)
+    for step in (stopped, 5):
+        then = load_file(output / f"checkpoint-{step}" / trainer.LORA_FILE)
+        same = {key: torch.equal(then[key], last[key]) for key in last}
+        assert all(same[key] for key in last if key.startswith("text_encoder"))
+        assert not all(same[key] for key in last if key.startswith("unet"))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    pipeline.load_lora_weights(output)
+    assert picture(output, 6) == drawn_by_a_user(pipeline, "a dog")
+    for step in (1, 4):
+        again = train(**flags, output_dir=tmp_path / f"b{step}", resume_from_checkpoint=output / f"checkpoint-{step}")
+        resumed = load_file(again / trainer.LORA_FILE)
+        assert all(torch.equal(resumed[key], last[key]) for key in last)
+
+
+def test_settled_encoders_leave_the_device(train):
+    run = trainer.start(train.args(train_text_encoder=True, train_text_encoder_frac=0.5))
+    model = trainer.load_trainable(run)
+    table = trainer.build_text(run, ["a dog"], True, torch.float32)
+    before = [part.clone() for part in model.embed(table.of("a dog"))]
+    settle = trainer.make_settler(run.args, model, table, 10)
+    moved = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "move_frozen", lambda part, device: moved.append((part, str(device))))
+        settle(4, trainer.Average())
+        assert not moved and table.rows[0].dtype == torch.int64
+        settle(5, trainer.Average())
+    assert [device for _, device in moved] == ["cpu", "cpu"]
+    assert all(torch.allclose(x, y) for x, y in zip(model.embed(table.of("a dog")), before, strict=True))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("unet.") for name in trained)
+
+
+@pytest.mark.parametrize("encoders", [False, True])
+def test_clip_skip_is_diffusers_clip_skip(train, tiny, encoders):
+    flags = {"clip_skip": 1, "validation_prompt": "a dog", "num_validation_images": 1, "text_encoder_lr": 1e-2}
+    output = train(**flags, train_text_encoder=encoders)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    pipeline.load_lora_weights(output)
+    assert picture(output, 2) == drawn_by_a_user(pipeline, "a dog", clip_skip=1)
+    assert picture(output, 2) != drawn_by_a_user(pipeline, "a dog")
+    assert "clip_skip=1" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"train_text_encoder": True, **TI}, "--train_text_encoder and --train_text_encoder_ti exclude"),
+        ({**TI, "instance_prompt": "a dog"}, "--token_abstraction TOK is in no prompt"),
+        ({**TI, "token_abstraction": "TOK,"}, "has an empty word"),
+        ({**TI, "optimizer": "schedule_free"}, "--train_text_encoder_ti_frac 0.5 stops"),
+        (
+            {"train_text_encoder": True, "train_text_encoder_frac": 0.5, "optimizer": "schedule_free"},
+            "--train_text_encoder_frac 0.5 stops",
+        ),
+        ({**TI, "optimizer": "prodigy", "learning_rate": 1}, "--token_lr sets another"),
+    ],
+)
+def test_contradictions(train, flags, told):
+    with pytest.raises(trainer.UserError, match=told):
+        train.args(**flags)
