@@ -2564,7 +2564,8 @@ def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.devic
         prior = functools.partial(prior, beta=args.dco_beta)
     told = table.t_cond if table.t_cond.dtype == torch.int64 else table.t_cond.float()
     return Objective(*(column.float().to(device) for column in columns), told.to(device),
-                     make_timesteps(len(table.a), low, high, args.timestep_bias), make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type], prior)
+                     make_timesteps(len(table.a), low, high, args.timestep_bias),
+                     make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type], prior)
 
 
 class Loss(NamedTuple):
@@ -3350,12 +3351,12 @@ def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTabl
             return
         last.clear()
         with average.shown():  # from now on, what is trained is what is drawn with
-            model.settle_text(table)
+            with as_users_load_it(model):
+                model.settle_text(table)
             settled = {name: parameter.data.clone() for name, parameter in model.adapters().items()
                        if not name.startswith("unet.")}
         for name, data in settled.items():
             model.adapters()[name].data.copy_(data)
-        model.train()
 
     return settle
 
