@@ -364,6 +364,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--gradient_accumulation_steps", type=COUNT, default=1)
     add("--num_train_epochs", type=COUNT, default=1, help="passes over the pictures")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
+    add("--steps_per_image", type=COUNT, help="instead: times that each picture is seen, whatever the batch")
     add("--learning_rate", type=POSITIVE, default=1e-4)
     add("--text_encoder_lr", type=POSITIVE, default=5e-6)
     add("--scale_lr", action=YES_NO, default=False, help="multiply both rates by the pictures in a step")
@@ -436,6 +437,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--validation_resolution", type=number(int, 8, high=16384), help="default: --resolution")
     add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
+    add("--monitor_steps", type=COUNT, metavar="N",
+        help="every N steps tell fit (loss on the subject) and drift (of --class_prompt), at the same noise each time")
     add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard", help="all: those that are installed")
     add("--logging_dir", default="logs", help="of the tracker, inside --output_dir unless absolute")
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="debug lets libraries talk")
@@ -563,7 +566,10 @@ def check_prior_flags(args: argparse.Namespace) -> None:
         named = "--with_prior_preservation" if args.with_prior_preservation else f"--prior_preservation {kind}"
         raise UserError(f"{named} needs {' and '.join(f'--{flag}' for flag in PRIOR_NEEDS[kind])}"
                         f"{'; the folder may be empty' if kind == 'pictures' else ''}.")
-    idle = [flag for flag in PRIOR_NEEDS["pictures"] if getattr(args, flag) and flag not in PRIOR_NEEDS[kind]]
+    if args.monitor_steps and not args.class_prompt:
+        raise UserError("--monitor_steps needs --class_prompt, whose drift it tells.")
+    needed = (*PRIOR_NEEDS[kind], *("class_prompt",) * bool(args.monitor_steps))
+    idle = [flag for flag in PRIOR_NEEDS["pictures"] if getattr(args, flag) and flag not in needed]
     if idle:
         instead = f"with --prior_preservation {kind}" if kind else "without --with_prior_preservation"
         logger.warning("warning: --%s does nothing %s.", idle[0], instead)
@@ -573,6 +579,8 @@ def check_objective_flags(args: argparse.Namespace) -> None:
     """Flags of the objective that contradict each other. Raises UserError."""
     if args.snr_gamma and args.loss_weighting:
         raise UserError("--snr_gamma and --loss_weighting both weight the timesteps; give one of them.")
+    if args.steps_per_image and args.max_train_steps:
+        raise UserError("--steps_per_image and --max_train_steps both say how long it trains; give one of them.")
     if args.min_timestep > args.max_timestep:
         raise UserError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
 
@@ -2609,7 +2617,8 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     """Steps from epochs or from --max_train_steps; an epoch need not be a whole number of steps."""
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world
     steps_per_epoch = instance_rows / samples_per_step
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
+    passes = args.steps_per_image or args.num_train_epochs
+    total_steps = args.max_train_steps or math.ceil(passes * steps_per_epoch)
     return Schedule(total_steps, steps_per_epoch, samples_per_step)
 
 
@@ -3187,7 +3196,9 @@ def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> 
 class Progress:
     """The bar, and what was seen since the last look; only looking waits for the device."""
 
-    def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int) -> None:
+    def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int,
+                 monitor: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
+        self.monitor = monitor
         self.timesteps = run.scheduler.config.num_train_timesteps
         self.accelerator, self.scaler, self.lr_scheduler = run.accelerator, run.accelerator.scaler, lr_scheduler
         self.samples_per_step = schedule.samples_per_step
@@ -3241,7 +3252,7 @@ class Progress:
         speed = (self.step - self.looked_at) * self.samples_per_step / (now - self.since)
         told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
                 "samples_per_second": speed, **rates}
-        told |= self.by_timestep()
+        told |= self.by_timestep() | self.monitor(self.step)
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
@@ -3273,6 +3284,57 @@ class Progress:
         return (f"step {step} has {what}, with {'; '.join(dict.fromkeys(names))} (finite losses before: {last}). The "
                 "last checkpoint is whole, nothing was written over it. A lower --learning_rate, --mixed_precision "
                 "bf16 or --on_nan skip helps; or is one of these pictures odd?")
+
+
+MONITOR_ROWS, MONITOR_LEVELS, MONITOR_WINDOW = 8, 8, 5  # pictures, levels of noise, measures that tell of rest
+
+
+def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
+                 objective: Objective) -> Callable[[int], dict[str, float]]:
+    """A function of the step that tells, where that is due, how well the subject is known and how far the class moved.
+
+    fit: the mean squared error on the subject's pictures; drift: the mean square between predictions for the class
+    prompt with and without adapters, on the same noisy pictures; rest: the variance of the last measures of fit over
+    that of all (DVAR of arXiv:2302.04841, which stops below 0.15). Noise and timesteps are always the same.
+    """
+    every, fits = run.args.monitor_steps, []
+    if not every:
+        return lambda step: {}
+    shelf = cache.shelves[0]
+    rows = list(shelf.views)[:MONITOR_ROWS]
+    moments, ids = shelf.moments([shelf.views[row][0] for row in rows]), shelf.add_time_ids[:len(rows)]
+    count = len(objective.a)
+    levels = [count * (2 * i + 1) // (2 * MONITOR_LEVELS) for i in range(MONITOR_LEVELS)]
+
+    @torch.no_grad()
+    def look() -> tuple[float, float]:
+        fit, drift = [], []
+        own = table.at([cache.prompts[row] for row in rows])
+        of_class = table.at([table.prompts.index(run.args.class_prompt)] * len(rows))
+        for t in levels:
+            generator = torch.Generator().manual_seed(position_seed(run.seed, "monitor", t))
+            noise = torch.randn(moments.mean.shape, generator=generator).to(moments.mean)
+            noisy, times = objective.a[t] * moments.mean + objective.b[t] * noise, objective.t_cond[[t] * len(rows)]
+            target = objective.c[t] * moments.mean + objective.d[t] * noise
+            fit.append((model(noisy, times, own, ids).float() - target).square().mean())
+            with model.without_adapters():
+                known = model(noisy, times, of_class, ids).float()
+            drift.append((model(noisy, times, of_class, ids).float() - known).square().mean())
+        return torch.stack(fit).mean().item(), torch.stack(drift).mean().item()
+
+    def monitor(step: int) -> dict[str, float]:
+        if not due(step, every):
+            return {}
+        fits[:] = [entry["monitor/fit"] for entry in read_history(run.output, before=step) if "monitor/fit" in entry]
+        model.eval()
+        fit, drift = look()
+        model.train()
+        fits.append(fit)
+        rest = statistics.pvariance(fits[-MONITOR_WINDOW:]) / (statistics.pvariance(fits) or 1.0)
+        told = {"monitor/rest": rest} if len(fits) > MONITOR_WINDOW else {}
+        return {"monitor/fit": fit, "monitor/drift": drift, **told}
+
+    return monitor
 
 
 class GradientWatch:
@@ -3362,8 +3424,8 @@ def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTabl
 
 
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective,
-          validate: Callable[[int], None], settle_text: Callable[[int, Average], None], schedule: Schedule,
-          digest: str) -> Outcome:
+          validate: Callable[[int], None], settle_text: Callable[[int, Average], None],
+          monitor: Callable[[int], dict[str, float]], schedule: Schedule, digest: str) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off; digest is that of the data."""
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
@@ -3378,7 +3440,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     if step == 0:
         validate(0)
     model.train()
-    progress, watch = Progress(run, lr_scheduler, schedule, step), GradientWatch(model.adapters())
+    progress, watch = Progress(run, lr_scheduler, schedule, step, monitor), GradientWatch(model.adapters())
     run.stop.training = True
     wishes = Wishes(0, 0)
     with progress.bar:
@@ -3396,7 +3458,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             optimizer.zero_grad()
             step, wishes = step + 1, run.stop.wishes(accelerator)
             saving = due(step, args.checkpointing_steps) or wishes.save or (wishes.stop and step < last)
-            if saving or due(step, LOG_STEPS, last):
+            if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if saving:
                 save(step)
@@ -4312,7 +4374,8 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     make_class_images(run)
     samples = subject + class_samples(args, subject)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
-    prompts = [*(sample.prompt for sample in samples), *run.prompts, args.validation_negative_prompt]
+    prompts = [*(sample.prompt for sample in samples), *run.prompts, args.validation_negative_prompt,
+               args.class_prompt if args.monitor_steps else None]
     table = build_text(run, prompts, trains_text(args), run.dtype)
     cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
@@ -4324,7 +4387,8 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     report = functools.partial(write_report, run, subject, buckets)
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
                     make_validator(run, model, table, report),
-                    make_settler(args, model, table, schedule.total_steps), schedule, cache.digest)
+                    make_settler(args, model, table, schedule.total_steps),
+                    make_monitor(run, model, cache, table, objective), schedule, cache.digest)
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, report, (time.perf_counter() - started) / 60)
     with hushed():

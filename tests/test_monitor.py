@@ -1,0 +1,79 @@
+"""Fit and drift, and a plan by pictures."""
+
+import statistics
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+
+import train_dreambooth_lora_sdxl as trainer
+
+FLAGS = {"monitor_steps": 2, "class_prompt": "a photo of a dog"}
+
+
+def parts(train, **flags):
+    run = trainer.start(train.args(**FLAGS, **flags))
+    subject = trainer.instance_samples(run.args)
+    table = trainer.build_text(run, [subject[0].prompt, "a photo of a dog"], False, run.dtype)
+    cache = trainer.build_cache(run, subject, [(16, 16)] * len(subject), table)
+    objective, model = trainer.make_objective(run.args, run.scheduler), trainer.load_trainable(run)
+    return run, cache, table, objective, model
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_fit_is_the_loss_and_drift_is_nothing_before_training(train, kind):
+    """Against diffusers' add_noise and velocity, over eight levels of noise."""
+    run, cache, table, objective, model = parts(train, prediction_type=kind, center_crop=True)
+    told = trainer.make_monitor(run, model, cache, table, objective)(2)
+    assert told["monitor/drift"] == 0
+    ddpm = DDPMScheduler.from_config(run.scheduler.config)
+    latents, losses = cache.shelves[0].moments([0, 1, 2, 3, 4]).mean, []
+    for t in range(62, 1000, 125):
+        generator = torch.Generator().manual_seed(trainer.position_seed(run.seed, "monitor", t))
+        noise, steps = torch.randn(latents.shape, generator=generator), torch.tensor([t] * 5)
+        target = noise if kind == "epsilon" else ddpm.get_velocity(latents, noise, steps)
+        noisy = objective.a[t] * latents + objective.b[t] * noise
+        ids = torch.cat([cache.shelves[0].add_time_ids[[views[0]]] for views in cache.shelves[0].views.values()])
+        with torch.no_grad():
+            answer = model(noisy, steps, table.at([0] * 5), ids)
+        losses.append(float((answer - target).square().mean()))
+    assert told["monitor/fit"] == pytest.approx(statistics.mean(losses), rel=1e-4)
+    with torch.no_grad():
+        for name, adapter in model.adapters().items():
+            adapter.add_(0.1 if "lora_B" in name else 0)
+    assert trainer.make_monitor(run, model, cache, table, objective)(2)["monitor/drift"] > 0
+    assert trainer.make_monitor(run, model, cache, table, objective)(3) == {}
+
+
+def test_looking_changes_nothing_and_the_curves_go_on_after_a_stop(train, tmp_path):
+    flags = {"max_train_steps": 14, "checkpointing_steps": 7, "lora_dropout": 0.2, "train_text_encoder": True}
+    plain = load_file(train(**flags, output_dir=tmp_path / "a") / trainer.LORA_FILE)
+    watched = train(**flags, **FLAGS, output_dir=tmp_path / "b")
+    lora = load_file(watched / trainer.LORA_FILE)
+    assert all(torch.equal(plain[name], lora[name]) for name in plain)
+    train(**{**flags, "max_train_steps": 7}, **FLAGS, output_dir=tmp_path / "c")
+    resumed = train(**flags, **FLAGS, output_dir=tmp_path / "c", resume_from_checkpoint="latest")
+    curves = [
+        [(entry["step"], entry["monitor/fit"], entry["monitor/drift"], entry.get("monitor/rest")) for entry in told]
+        for told in ([e for e in trainer.read_history(output) if "monitor/fit" in e] for output in (watched, resumed))
+    ]
+    assert curves[0] == curves[1] and [step for step, *_ in curves[0]] == [2, 4, 6, 8, 10, 12, 14]
+    fits = [fit for _, fit, _, _ in curves[0]]
+    assert curves[0][-1][3] == pytest.approx(statistics.pvariance(fits[-5:]) / statistics.pvariance(fits))
+    assert curves[0][0][2] < curves[0][-1][2] and "monitor/drift" in (watched / "report.html").read_text()
+
+
+def test_the_class_prompt_is_needed_and_then_does_something(train, capsys):
+    with pytest.raises(trainer.UserError, match="--monitor_steps needs --class_prompt"):
+        train.args(monitor_steps=5)
+    train.args(**FLAGS)
+    assert "does nothing" not in capsys.readouterr().out
+
+
+def test_steps_per_image(train):
+    args = train.args(max_train_steps=None, steps_per_image=100, train_batch_size=2)
+    assert trainer.plan_steps(args, 5, 1).total_steps == 250  # each of five is seen 100 times
+    assert trainer.plan_steps(args, 5, 2).total_steps == 125
+    with pytest.raises(trainer.UserError, match="--steps_per_image and --max_train_steps both"):
+        train.args(steps_per_image=100)
