@@ -300,36 +300,6 @@ def test_the_moving_average_is_the_formula(train, tmp_path):
     )
 
 
-CONTRADICTIONS = [
-    ({"optimizer": "prodigy", "train_text_encoder": True, "text_encoder_lr": 1e-3}, "--text_encoder_lr sets another"),
-    ({"optimizer": "prodigy", "loraplus_lr_ratio": 4}, "--loraplus_lr_ratio sets another"),
-    ({"optimizer": "prodigy", "lora_unet_blocks": "mid_block=4:1e-3"}, "--lora_unet_blocks sets another"),
-    ({"optimizer": "adafactor", "use_8bit_adam": True}, "--use_8bit_adam and --optimizer adafactor exclude"),
-    ({"optimizer": "schedule_free", "use_ema": True}, "--use_ema and --optimizer schedule_free both average"),
-    ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "needs no --lr_scheduler cosine"),
-    ({"lora_layers": "to_k", "lora_preset": "full"}, "--lora_layers and --lora_preset both"),
-    ({"lora_unet_blocks": "mid_block", "lora_preset": "b-lora-style"}, "--lora_unet_blocks and --lora_preset b-lora"),
-    ({"lora_unet_blocks": "attic"}, "is not BLOCK, BLOCK=RANK"),
-    ({"lora_unet_blocks": "mid_block=0"}, "a rank must be at least 1"),
-    ({"lora_layers": "to_(k"}, "is no pattern"),
-    ({"use_dora": True, "base_precision": "int8"}, "--use_dora needs the weights unpacked, --base_precision int8"),
-    ({"use_dora": True, "lora_init": "pissa"}, "--use_dora and --lora_init pissa"),
-    ({"lora_preset": "full", "lora_init": "olora"}, "--lora_preset full has convolutions"),
-    ({"lora_init": "orthogonal", "rank": 5}, "even --rank"),
-    ({"snr_gamma": 5, "loss_weighting": "p2"}, "--snr_gamma and --loss_weighting"),
-    ({"min_timestep": 700, "max_timestep": 600}, "--min_timestep 700 is above --max_timestep 600"),
-    ({"with_prior_preservation": True, "prior_preservation": "dco"}, "--with_prior_preservation means pictures"),
-    ({"prior_preservation": "base_model"}, "--prior_preservation base_model needs --class_prompt"),
-]
-
-
-@pytest.mark.parametrize(("flags", "told"), CONTRADICTIONS, ids=[told for _, told in CONTRADICTIONS])
-def test_contradictions_are_one_sentence_with_both_flags(train, flags, told):
-    with pytest.raises(trainer.UserError) as caught:
-        train.args(**flags)
-    assert told in str(caught.value)
-
-
 def test_what_looks_like_a_contradiction_and_is_none(train):
     train.args(use_rslora=True, lora_alpha=7)
     train.args(optimizer="Prodigy", train_text_encoder=True, learning_rate=1, text_encoder_lr=1)

@@ -71,7 +71,8 @@ def test_trap_29_each_orientation_is_turned_upright(train, tmp_path, stock, orie
 
 def numeric_flags() -> dict[str, object]:
     """Every flag that takes a number."""
-    actions = [action for action in trainer.make_parser()._actions if callable(action.type)]
+    words = (trainer.patterns, trainer.block_rules, str.lower)
+    actions = [a for a in trainer.make_parser()._actions if callable(a.type) and a.type not in words]
     return {action.dest: action for action in actions if action.dest != "local_rank"}
 
 
@@ -88,6 +89,12 @@ ZERO_IS_FINE = {
     "adam_weight_decay_text_encoder",
     "seed",
     "checkpoint_blocks",
+    "clip_skip",
+    "noise_offset",
+    "input_perturbation",
+    "min_timestep",
+    "max_timestep",
+    "prodigy_beta3",
 }
 
 

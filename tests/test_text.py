@@ -162,22 +162,3 @@ def test_clip_skip_is_diffusers_clip_skip(train, tiny, encoders):
     assert picture(output, 2) == drawn_by_a_user(pipeline, "a dog", clip_skip=1)
     assert picture(output, 2) != drawn_by_a_user(pipeline, "a dog")
     assert "clip_skip=1" in (output / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ({"train_text_encoder": True, **TI}, "--train_text_encoder and --train_text_encoder_ti exclude"),
-        ({**TI, "instance_prompt": "a dog"}, "--token_abstraction TOK is in no prompt"),
-        ({**TI, "token_abstraction": "TOK,"}, "has an empty word"),
-        ({**TI, "optimizer": "schedule_free"}, "--train_text_encoder_ti_frac 0.5 stops"),
-        (
-            {"train_text_encoder": True, "train_text_encoder_frac": 0.5, "optimizer": "schedule_free"},
-            "--train_text_encoder_frac 0.5 stops",
-        ),
-        ({**TI, "optimizer": "prodigy", "learning_rate": 1}, "--token_lr sets another"),
-    ],
-)
-def test_contradictions(train, flags, told):
-    with pytest.raises(trainer.UserError, match=told):
-        train.args(**flags)

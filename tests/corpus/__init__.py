@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 FINE = ""
 """The outcome of an input that is odd but right; any other is what the one sentence must say (a regular expression)."""
@@ -405,6 +406,163 @@ FLAGS = [
     Case("a budget of nothing", flags(vram_budget=0.000001), "--vram_budget 1e-06 is too small", True),
 ]
 
+def single_file(keys: list[str], cut: int = 0) -> Callable[[Path, Stock], dict]:
+    """A base model that is one file with tensors of these names."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        data = save({key: torch.zeros(2) for key in keys})
+        (folder / "base.safetensors").write_bytes(data[: len(data) - cut])
+        return {"pretrained_model_name_or_path": folder / "base.safetensors"}
+
+    return make
+
+
+SINGLE_FILES = [
+    Case("a LoRA", single_file(["lora_unet_x.lora_up.weight"]), "is not a whole model of SDXL, as it lacks model"),
+    Case("a UNet alone", single_file(["model.diffusion_model.input_blocks.0.0.weight"]), "lacks first_stage_model"),
+    Case("a cut file", single_file(["model.diffusion_model.input_blocks.0.0.weight"], 4), "is cut off"),
+    Case("no tensors", single_file([]), "is cut off or no safetensors file"),
+]
+
+CRAFTS = [
+    Case(
+        "contradiction of optimizer and text_encoder_lr and train_text_encoder",
+        flags(optimizer="prodigy", train_text_encoder=True, text_encoder_lr=0.001),
+        "--text_encoder_lr sets another",
+    ),
+    Case(
+        "contradiction of loraplus_lr_ratio and optimizer",
+        flags(optimizer="prodigy", loraplus_lr_ratio=4),
+        "--loraplus_lr_ratio sets another",
+    ),
+    Case(
+        "contradiction of lora_unet_blocks and optimizer",
+        flags(optimizer="prodigy", lora_unet_blocks="mid_block=4:1e-3"),
+        "--lora_unet_blocks sets another",
+    ),
+    Case(
+        "contradiction of optimizer and use_8bit_adam",
+        flags(optimizer="adafactor", use_8bit_adam=True),
+        "--use_8bit_adam and --optimizer adafactor exclude",
+    ),
+    Case(
+        "contradiction of optimizer and use_ema",
+        flags(optimizer="schedule_free", use_ema=True),
+        "--use_ema and --optimizer schedule_free both average",
+    ),
+    Case(
+        "contradiction of lr_scheduler and optimizer",
+        flags(optimizer="schedule_free", lr_scheduler="cosine"),
+        "needs no --lr_scheduler cosine",
+    ),
+    Case(
+        "contradiction of lora_layers and lora_preset",
+        flags(lora_layers="to_k", lora_preset="full"),
+        "--lora_layers and --lora_preset both",
+    ),
+    Case(
+        "contradiction of lora_preset and lora_unet_blocks",
+        flags(lora_unet_blocks="mid_block", lora_preset="b-lora-style"),
+        "--lora_unet_blocks and --lora_preset b-lora",
+    ),
+    Case("value of lora_unet_blocks", flags(lora_unet_blocks="attic"), "is not BLOCK, BLOCK=RANK"),
+    Case("value of lora_unet_blocks (9)", flags(lora_unet_blocks="mid_block=0"), "a rank must be at least 1"),
+    Case("value of lora_layers", flags(lora_layers="to_(k"), "is no pattern"),
+    Case(
+        "contradiction of base_precision and use_dora",
+        flags(use_dora=True, base_precision="int8"),
+        "--use_dora needs the weights unpacked, --base_precision int8",
+    ),
+    Case(
+        "contradiction of lora_init and use_dora",
+        flags(use_dora=True, lora_init="pissa"),
+        "--use_dora and --lora_init pissa",
+    ),
+    Case(
+        "contradiction of lora_init and lora_preset",
+        flags(lora_preset="full", lora_init="olora"),
+        "--lora_preset full has convolutions",
+    ),
+    Case("contradiction of lora_init and rank", flags(lora_init="orthogonal", rank=5), "even --rank"),
+    Case(
+        "contradiction of loss_weighting and snr_gamma",
+        flags(snr_gamma=5, loss_weighting="p2"),
+        "--snr_gamma and --loss_weighting",
+    ),
+    Case(
+        "contradiction of max_timestep and min_timestep",
+        flags(min_timestep=700, max_timestep=600),
+        "--min_timestep 700 is above --max_timestep 600",
+    ),
+    Case(
+        "contradiction of prior_preservation and with_prior_preservation",
+        flags(with_prior_preservation=True, prior_preservation="dco"),
+        "--with_prior_preservation means pictures",
+    ),
+    Case(
+        "value of prior_preservation",
+        flags(prior_preservation="base_model"),
+        "--prior_preservation base_model needs --class_prompt",
+    ),
+    Case(
+        "contradiction of instance_prompt and token_lr and train_text_encoder and train_text_encoder_ti",
+        flags(
+            train_text_encoder=True, train_text_encoder_ti=True, instance_prompt="a photo of TOK dog", token_lr=0.01
+        ),
+        "--train_text_encoder and --train_text_encoder_ti exclude",
+    ),
+    Case(
+        "contradiction of instance_prompt and token_lr and train_text_encoder_ti",
+        flags(train_text_encoder_ti=True, instance_prompt="a dog", token_lr=0.01),
+        "--token_abstraction TOK is in no prompt",
+    ),
+    Case(
+        "contradiction of instance_prompt and token_abstraction and token_lr and train_text_encoder_ti",
+        flags(
+            train_text_encoder_ti=True, instance_prompt="a photo of TOK dog", token_lr=0.01, token_abstraction="TOK,"
+        ),
+        "has an empty word",
+    ),
+    Case(
+        "contradiction of instance_prompt and optimizer and token_lr and train_text_encoder_ti",
+        flags(
+            train_text_encoder_ti=True, instance_prompt="a photo of TOK dog", token_lr=0.01, optimizer="schedule_free"
+        ),
+        "--train_text_encoder_ti_frac 0\\.5 stops",
+    ),
+    Case(
+        "contradiction of optimizer and train_text_encoder and train_text_encoder_frac",
+        flags(train_text_encoder=True, train_text_encoder_frac=0.5, optimizer="schedule_free"),
+        "--train_text_encoder_frac 0\\.5 stops",
+    ),
+    Case(
+        "contradiction of instance_prompt and learning_rate and optimizer and token_lr and train_text_encoder_ti",
+        flags(
+            train_text_encoder_ti=True,
+            instance_prompt="a photo of TOK dog",
+            token_lr=0.01,
+            optimizer="prodigy",
+            learning_rate=1,
+        ),
+        "--token_lr sets another",
+    ),
+    Case(
+        "value of prodigy_decouple",
+        flags(prodigy_decouple="perhaps"),
+        "--prodigy_decouple: 'perhaps' is neither True nor False",
+    ),
+    Case("value of optimizer", flags(optimizer="sgd"), "--optimizer: invalid choice: 'sgd'"),
+    Case("value of monitor_steps", flags(monitor_steps=5), "--monitor_steps needs --class_prompt"),
+    Case("value of steps_per_image", flags(steps_per_image=5), "--steps_per_image and --max_train_steps both"),
+    Case("value of timestep_bias", flags(timestep_bias="middle"), "--timestep_bias: invalid choice"),
+    Case("value of prior_preservation (30)", flags(prior_preservation="hope"), "--prior_preservation: invalid choice"),
+    Case("zero SNR of epsilon", flags(rescale_betas_zero_snr=True), "needs --prediction_type v_prediction", True),
+    Case("a block that is not there", flags(lora_unet_blocks="up_blocks.7"), "name nothing that the UNet", True),
+    Case("a layer that is not there", flags(lora_layers="nothing"), "name nothing that the UNet", True),
+    Case("a fixed alpha of rsLoRA", flags(use_rslora=True, lora_alpha=7), FINE),
+    Case("Prodigy in capitals", flags(optimizer="Prodigy", learning_rate=1, prodigy_decouple="True"), FINE),
+]
+
 CASES = {
     f"{group}: {case.name}": case
     for group, cases in {
@@ -415,6 +573,8 @@ CASES = {
         "checkpoint": CHECKPOINTS,
         "config": CONFIGS,
         "flag": FLAGS,
+        "single file": SINGLE_FILES,
+        "craft": CRAFTS,
     }.items()
     for case in cases
 }
