@@ -3774,7 +3774,8 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     gallery, samples = sorted(validation_folder(run.output, step).glob("*.png")), write_samples(run, subject)
     trigger, drawn = with_tokens(args, args.instance_prompt or subject[0].prompt), run.prompts
     data = ModelCardData(
-        license=base_license(base), library_name="diffusers", tags=TAGS, instance_prompt=trigger,
+        license=base_license(base), library_name="diffusers", tags=TAGS + ["dora"] * args.use_dora,
+        instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
         widget=[{"text": with_tokens(args, drawn[int(path.stem) // args.num_validation_images]) or " ",
                  "output": {"url": path.relative_to(run.output).as_posix()}} for path in gallery] or None)
@@ -3793,7 +3794,8 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
                        f"{changed})\n" if run.scheduler.config.prediction_type == "v_prediction" else "",
         webui=f"download `{KOHYA_FILE}` into the folder for LoRAs." if args.output_kohya_format else
         "this repository holds no file for them; `--output_kohya_format` writes one.",
-        parts="the UNet and both text encoders" if args.train_text_encoder else "the UNet",
+        parts=f"the UNet{' and both text encoders' * args.train_text_encoder}"
+              f"{', with new tokens in both text encoders' * args.train_text_encoder_ti}",
         vae_line=vae_line(vae) if vae else "", vae_argument=", vae=vae" if vae else "",
         vae=vae or "the base model's own", command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
@@ -3992,6 +3994,10 @@ class Rehearsal:
         add_adapters(self.args, self.unet, unet_targets(self.args), rules_of(self.args), self.args.use_dora)
         for encoder in self.encoders if self.args.train_text_encoder else ():
             add_adapters(self.args, encoder, text_encoder_targets(encoder, self.args.clip_skip))
+        for encoder in self.encoders if self.args.train_text_encoder_ti else ():
+            known = encoder.get_input_embeddings()
+            rows = torch.zeros(sum(map(len, new_tokens(self.args).values())), known.embedding_dim)
+            encoder.set_input_embeddings(NewTokens(known, known.num_embeddings, rows))
 
     def packed_unet(self, dtype: torch.dtype) -> nn.Module:
         """The UNet as it lies on the device; unpacked it was on the host only."""
@@ -4127,7 +4133,8 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
     Raises UserError with the smallest budget that would do.
     """
     count, given = len(blocks_of(sketch(run.base, "unet"))), run.args.base_precision
-    ladder = [(given, share) for share in SHARES] + [(smaller, 1.0) for smaller in ("int8", "nf4") if given == "auto"]
+    smaller = ("int8", "nf4") if given == "auto" and not run.args.use_dora else ()  # DoRA needs the weights unpacked
+    ladder = [(given, share) for share in SHARES] + [(precision, 1.0) for precision in smaller]
 
     @functools.cache
     def rung(number_: int) -> tuple[Run, str, float]:
@@ -4412,7 +4419,8 @@ def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: S
     """The most that checkpoints and the LoRA take on the disk at once; the one being written counts."""
     adapters = sum(parameter.nbytes for parameter in model.adapters().values())
     checkpoints = 1 + min(args.checkpoints_total_limit or math.inf, schedule.total_steps // args.checkpointing_steps)
-    return adapters + checkpoints * 4 * adapters  # a LoRA, the adapters and two moments
+    state = OPTIMIZERS[optimizer_name(args)].state_bytes + 4 * args.use_ema  # beside the LoRA and the adapters
+    return adapters + checkpoints * adapters * (2 + state / 4)
 
 
 def open_output(run: Run) -> None:

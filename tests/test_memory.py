@@ -187,7 +187,18 @@ MATRIX = {
     "all blocks, text encoders": {"gradient_checkpointing": True, "train_text_encoder": True},
     "nf4": {"base_precision": "nf4", "mixed_precision": "bf16", "rank": 16},
     "int8, prior": {"base_precision": "int8", "mixed_precision": "bf16", "with_prior_preservation": True},
+    "convolutions": {"lora_preset": "full", "rank": 16},
+    "DoRA": {"use_dora": True},
+    "Prodigy": {"optimizer": "prodigy", "learning_rate": 1, "rank": 64},
+    "the base model beside": {"prior_preservation": "base_model", "class_prompt": "a dog"},
+    "new tokens": {"train_text_encoder_ti": True, "instance_prompt": "a photo of TOK dog"},
 }
+
+
+def test_dora_is_never_packed_to_fit(train):
+    run = trainer.start(train.args(use_dora=True))
+    with pytest.raises(trainer.UserError, match="--vram_budget 1e-06 is too small"):
+        trainer.fit_budget(run, 1e-6)
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -203,7 +214,7 @@ def test_the_estimate_is_what_happens(train, tmp_path, name):
     predicted = trainer.estimate_memory(run)["training"].peak
     subject = trainer.instance_samples(run.args)
     samples = subject + trainer.class_samples(run.args, subject)
-    table = trainer.build_text(run, {sample.prompt for sample in samples}, run.args.train_text_encoder, run.dtype)
+    table = trainer.build_text(run, {sample.prompt for sample in samples}, trainer.trains_text(run.args), run.dtype)
     cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
     order = trainer.Order([range(5)], range(5, len(samples)), flags["train_batch_size"], 1)
     objective = trainer.make_objective(run.args, run.scheduler)
