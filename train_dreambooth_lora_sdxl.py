@@ -1082,7 +1082,7 @@ def prompts_to_draw(args: argparse.Namespace) -> list[str]:
 
 
 def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[Sample]:
-    """What preserves the class: pictures of it, or the subject's under its prompt, for the base model to judge."""
+    """What preserves the class: pictures of it, or the subject's under its prompt, for the base model to answer."""
     pictures = {
         "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir),
         "base_model": lambda: [sample.path for sample in subject],
@@ -3423,9 +3423,16 @@ def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTabl
     return settle
 
 
-def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective,
-          validate: Callable[[int], None], settle_text: Callable[[int, Average], None],
-          monitor: Callable[[int], dict[str, float]], schedule: Schedule, digest: str) -> Outcome:
+class Events(NamedTuple):
+    """What happens at some steps beside training; each is a function of the step that knows when."""
+
+    validate: Callable[[int], None]  # whenever it is called
+    settle_text: Callable[[int, Average], None]
+    monitor: Callable[[int], dict[str, float]]
+
+
+def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective, events: Events,
+          schedule: Schedule, digest: str) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off; digest is that of the data."""
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
@@ -3436,16 +3443,16 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))
     step = resume(args.resume_from_checkpoint, run.output, state)
     check_alike(step, digest)
-    (save, save_loras), validate = make_savers(run, state), average.before(validate)
+    (save, save_loras), validate = make_savers(run, state), average.before(events.validate)
     if step == 0:
         validate(0)
     model.train()
-    progress, watch = Progress(run, lr_scheduler, schedule, step, monitor), GradientWatch(model.adapters())
+    progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters())
     run.stop.training = True
     wishes = Wishes(0, 0)
     with progress.bar:
         while step < last and not wishes.stop:
-            settle_text(step, average)
+            events.settle_text(step, average)
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
                 torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
                 progress.note(*backward(accelerator, model, objective, batch_at(n)))
@@ -4392,10 +4399,10 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
     open_output(run)
     report = functools.partial(write_report, run, subject, buckets)
-    outcome = train(run, model, functools.partial(cache.batch, table, order), objective,
-                    make_validator(run, model, table, report),
-                    make_settler(args, model, table, schedule.total_steps),
-                    make_monitor(run, model, cache, table, objective), schedule, cache.digest)
+    events = Events(make_validator(run, model, table, report), make_settler(args, model, table, schedule.total_steps),
+                    make_monitor(run, model, cache, table, objective))
+    outcome = train(run, model, functools.partial(cache.batch, table, order), objective, events, schedule,
+                    cache.digest)
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, report, (time.perf_counter() - started) / 60)
     with hushed():

@@ -65,7 +65,7 @@ def time_steps(base: Path, out: Path, pairs: int) -> list[tuple[float, float]]:
         model: trainer.TrainableSDXL,
         batch_at: Callable,
         objective: trainer.Objective,
-        validate: Callable,
+        events: trainer.Events,
         schedule: trainer.Schedule,
         digest: str,
     ) -> trainer.Outcome:
@@ -83,7 +83,7 @@ def time_steps(base: Path, out: Path, pairs: int) -> list[tuple[float, float]]:
             optimizer_step[0] = time.perf_counter()
             return batch_at(n)
 
-        return original(run, model, batch_and_clock, objective, validate, schedule, digest)
+        return original(run, model, batch_and_clock, objective, events, schedule, digest)
 
     trainer.train = paired
     trainer.main(args)

@@ -31,7 +31,7 @@ def test_the_page_needs_nothing_else_and_nothing_breaks_it(output):
     assert "<script" not in page and "onerror=alert(1)>" not in page
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
     assert sources and all(source.startswith("data:image/") for source in sources)
-    assert page.count("<svg") == 5 and 'aria-label="loss from' in page  # loss, norm, rate, memory, speed
+    assert page.count("<svg") == 9 and 'aria-label="loss from' in page  # loss, its quarters, norm, rate, memory, speed
     assert page.count('width="128"') == 5 and page.count(" alt=") == page.count("<img")
     levels = re.findall(r"<(h\d)", page)
     assert levels[0] == "h1" and set(levels[1:]) == {"h2"}
