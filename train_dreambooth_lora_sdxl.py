@@ -19,23 +19,23 @@
 #     "tqdm>=4.67",
 # ]
 # ///
-"""Teach Stable Diffusion XL a new subject from three to five pictures: DreamBooth with LoRA, in one file.
+r"""Teach Stable Diffusion XL a new subject from three to five pictures: DreamBooth with LoRA, in one file.
 
 Three commands that work as they stand:
 
     # the small SDXL that comes with this repository, on a laptop's CPU, about two minutes
     accelerate launch train_dreambooth_lora_sdxl.py --config examples/toy_world/sks_dog.yaml
 
-    # SDXL itself: five pictures in dog/, 1024 px, one 24 GB card
+    # SDXL itself: five pictures in dog/, 1024 px, one card of 16 GB or more
     accelerate launch train_dreambooth_lora_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
-        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir lora-sks-dog \
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir lora-trained-xl \
         --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --mixed_precision fp16 \
         --validation_prompt "a photo of sks dog in a bucket" --seed 0
 
     # the same again from where it was stopped
-    accelerate launch train_dreambooth_lora_sdxl.py --config lora-sks-dog/training_config.yaml \
+    accelerate launch train_dreambooth_lora_sdxl.py --config lora-trained-xl/training_config.yaml \
         --resume_from_checkpoint latest
 
 The way data flows, one way only:
@@ -102,7 +102,7 @@ TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
 TWINS = ("pissa", "olora")  # of --lora_init: adapters that begin as a part of the weights, which a twin takes away
-VAE_KEYS = ("encoder.conv_in.weight$", "decoder.conv_out.weight$")  # what a single file of each kind must have
+VAE_KEYS = ("^encoder.conv_in.weight$", "^decoder.conv_out.weight$")  # what a single file of each kind must have
 SDXL_KEYS = ("^model.diffusion_model.input_blocks.0.0.weight", "^first_stage_model.encoder.conv_in.weight",
              "^conditioner.embedders.0.transformer.text_model.", "^conditioner.embedders.1.model.positional_embedding")
 
@@ -155,6 +155,16 @@ def leave(signum: int, frame: object) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------------- command line
 # A table of flags, and everything that they and the file system can reveal, before anything heavy is imported.
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Tells each flag's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in told:
+            return told
+        return f"{told} (default: {action.default})".replace("%", "%%").lstrip()
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,9 +229,12 @@ def patterns(text: str) -> str:
 def block_rules(text: str) -> str:
     """An argparse type: blocks of the UNet, each perhaps with a rank, and that with a learning rate."""
     for rule in text.split(","):
-        if not re.fullmatch(r"(down_blocks|up_blocks|mid_block)[\w.]*(=\d{1,4}(:\d[\d.e-]*)?)?", rule.strip()):
+        found = re.fullmatch(r"(down_blocks|up_blocks|mid_block)[\w.]*(=\d{1,4}(:(\S+))?)?", rule.strip())
+        try:
+            POSITIVE(found[4] or "1")
+        except (TypeError, argparse.ArgumentTypeError):
             raise argparse.ArgumentTypeError(f"'{rule}' is not BLOCK, BLOCK=RANK or BLOCK=RANK:RATE, such as "
-                                             "up_blocks.0=16:2e-4")
+                                             "up_blocks.0=16:2e-4") from None
     return text
 
 
@@ -280,7 +293,8 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     """The command line, one row a flag."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False,
+                    usage="accelerate launch train_dreambooth_lora_sdxl.py FLAGS")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
 
     add = parser.add_argument_group("base model").add_argument
@@ -299,7 +313,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--instance_data_dir", metavar="DIR", help="folder with the pictures of your subject")
     add("--dataset_name", metavar="ID|DIR", help="instead of a folder: what `datasets` reads, of the Hub or here")
     add("--dataset_config_name", metavar="NAME", help="of a data set that has several")
-    add("--image_column", default="image")
+    add("--image_column", default="image", help="of a data set: its pictures")
     add("--caption_column", help="default: every picture has the instance prompt")
     add("--instance_prompt", help='with a rare word: "a photo of sks dog"; not needed where all have captions')
     add("--recursive", action=YES_NO, default=False, help="look into sub-folders, too")
@@ -309,13 +323,15 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="side of the square that is trained on; a multiple of 8")
     add("--masked_loss", action=YES_NO, default=False, help="learn the subject, not its surroundings: what is opaque")
     add("--mask_dir", metavar="DIR", help="masks by the pictures' names, white where the subject is; else their alpha")
-    add("--background_loss_weight", type=number(float, 0, strict=True, high=1), default=0.1, help="of the rest")
+    add("--background_loss_weight", type=number(float, 0, strict=True, high=1), default=0.1,
+        help="what the background counts with --masked_loss")
     add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
         help="keep the pictures' shapes: SDXL's own for the resolution, or 1024x1024,832x1216 (width x height)")
-    add("--max_upscale", type=POSITIVE, default=2.0, help="with buckets: a smaller picture gets a smaller bucket")
+    add("--max_upscale", type=POSITIVE, default=2.0, help="with buckets: how many times a picture may be enlarged")
     add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
     add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
-    add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
+    add("--image_interpolation_mode", default="lanczos",
+        choices=[m.name.lower() for m in Image.Resampling], help="how pictures are resized")
     add("--cache_latents_dir", metavar="DIR", help="of encoded pictures and prompts; default: cache in --output_dir")
     add("--cache_variants", type=COUNT, default=8, help="views of a picture where crop or flip are random")
     add("--dataloader_num_workers", type=INDEX, default=0, help="threads that decode pictures while they are cached")
@@ -327,8 +343,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
              "without pictures; or by not leaving the base model, without a prompt")
     add("--class_data_dir", metavar="DIR", help="folder of class pictures; missing ones are drawn into it")
     add("--class_prompt", help='the same without the rare word: "a photo of a dog"')
-    add("--num_class_images", type=COUNT, default=100)
-    add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0)
+    add("--num_class_images", type=COUNT, default=100, help="in the folder; missing ones are drawn")
+    add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0, help="what a row of the class counts")
     add("--dco_beta", type=POSITIVE, default=1000.0, help="of dco: how hard it holds on to the base model")
     add("--sample_batch_size", type=COUNT, default=4, help="class pictures drawn at once")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
@@ -336,9 +352,10 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add = parser.add_argument_group("adapters").add_argument
     add("--rank", type=number(int, 1, high=4096), default=4, help="of the LoRA matrices")
     add("--lora_alpha", type=POSITIVE, help="scale is lora_alpha / rank; default: the rank")
-    add("--lora_dropout", type=number(float, 0), default=0.0)
+    add("--lora_dropout", type=number(float, 0), default=0.0, help="share of the adapters' inputs left out")
     add("--use_rslora", action=YES_NO, default=False, help="scale is lora_alpha / sqrt(rank)")
-    add("--use_dora", action=YES_NO, default=False, help="a magnitude of its own for each output of the UNet's layers")
+    add("--use_dora", action=YES_NO, default=False,
+        help="DoRA: learn magnitude and direction apart; slower, on the UNet alone")
     add("--lora_init", choices=["gaussian", "kaiming", "orthogonal", "pissa", "olora"], default="gaussian",
         help="the last two begin with the weights' largest directions, at twice the rank in the file")
     add("--lora_preset", choices=list(LORA_PRESETS), default="attention", help="which layers of the UNet are adapted")
@@ -353,7 +370,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="pivotal tuning instead: new tokens whose embeddings are learnt beside the LoRA")
     add("--train_text_encoder_ti_frac", type=SHARE, default=0.5, help="of the steps; then the tokens stay as they are")
     add("--token_abstraction", default="TOK", metavar="WORD,...", help="what stands for new tokens in prompts")
-    add("--num_new_tokens_per_abstraction", type=number(int, 1, high=32), default=2)
+    add("--num_new_tokens_per_abstraction", type=number(int, 1, high=32), default=2,
+        help="embeddings a word")
     add("--initializer_concept", metavar="TEXT", help="what new tokens begin as; default: at random")
     add("--token_lr", type=POSITIVE, default=1e-3, help="of the new tokens' embeddings")
     add("--clip_skip", type=number(int, 0, high=10), default=0, help="text encoder layers left out, beside the last")
@@ -361,31 +379,34 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=number(int, 1, high=4096), default=4,
         help="pictures of the subject in a micro-batch, per process")
-    add("--gradient_accumulation_steps", type=COUNT, default=1)
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches in an optimizer step")
     add("--num_train_epochs", type=COUNT, default=1, help="passes over the pictures")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
     add("--steps_per_image", type=COUNT, help="instead: times that each picture is seen, whatever the batch")
-    add("--learning_rate", type=POSITIVE, default=1e-4)
-    add("--text_encoder_lr", type=POSITIVE, default=5e-6)
+    add("--learning_rate", type=POSITIVE, default=1e-4, help="of the UNet's adapters")
+    add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="of the text encoders' adapters")
     add("--scale_lr", action=YES_NO, default=False, help="multiply both rates by the pictures in a step")
-    add("--lr_scheduler", choices=SCHEDULES, default="constant")
-    add("--lr_warmup_steps", type=INDEX, default=500, help="in optimizer steps; the constant schedule has none")
+    add("--lr_scheduler", choices=SCHEDULES, default="constant", help="how the rate goes on")
+    add("--lr_warmup_steps", type=INDEX, default=500,
+        help="in optimizer steps; the constant schedule has none")
     add("--lr_num_cycles", type=COUNT, default=1, help="of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, help="of polynomial")
-    add("--optimizer", type=str.lower, choices=list(OPTIMIZER_PACKAGES), default="adamw")
+    add("--optimizer", type=str.lower, choices=list(OPTIMIZER_PACKAGES), default="adamw",
+        help="what moves the adapters")
     add("--use_8bit_adam", action=YES_NO, default=False, help="the same as --optimizer adamw8bit")
     add("--loraplus_lr_ratio", type=POSITIVE, help="LoRA+: the rate of the B matrices over that of the A; 16 is usual")
     add("--prodigy_beta3", type=NOT_NEGATIVE, help="default: the root of --adam_beta2")
     add("--prodigy_decouple", action=YesNoTrueFalse, default=True, help="weight decay as AdamW has it")
-    add("--prodigy_use_bias_correction", action=YesNoTrueFalse, default=True)
+    add("--prodigy_use_bias_correction", action=YesNoTrueFalse, default=True, help="as Adam has it")
     add("--prodigy_safeguard_warmup", action=YesNoTrueFalse, default=True, help="steps of the warm-up count less")
     add("--use_ema", action=YES_NO, default=False, help="draw with and write the adapters' running mean")
     add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after so many a step counts half")
-    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9)
-    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999)
-    add("--adam_epsilon", type=POSITIVE, default=1e-8)
-    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4)
-    add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3)
+    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, help="of all optimizers with Adam's moments")
+    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, help="as above")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="as above")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="of the UNet's adapters")
+    add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3,
+        help="of the text encoders'")
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm, which is logged")
     add("--seed", type=SEED, help="default: drawn at random, and written to " + CONFIG_FILE)
     add("--on_nan", choices=["stop", "skip"], default="stop",
@@ -404,9 +425,10 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--huber_schedule", choices=["constant", "exponential", "snr"], default="snr", help="of their --huber_c")
     add("--huber_c", type=number(float, 0, strict=True, high=1), default=0.1, help="where they turn linear")
     add("--noise_offset", type=NOT_NEGATIVE, default=0.0, help="learn brightness, too; 0.05 is usual")
-    add("--input_perturbation", type=NOT_NEGATIVE, default=0.0, help="noise that is not told of; 0.1 is usual")
+    add("--input_perturbation", type=NOT_NEGATIVE, default=0.0,
+        help="put in more noise than is to be found; 0.1 is usual")
     add("--min_timestep", type=INDEX, default=0, help="0 has the least noise")
-    add("--max_timestep", type=INDEX, default=999)
+    add("--max_timestep", type=INDEX, default=999, help="999 is nothing but noise, or nearly")
     add("--timestep_bias", choices=["uniform", "earlier", "later", "logit-normal"], default="uniform",
         help="which timesteps come more often: earlier ones have little noise")
 
@@ -415,12 +437,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--allow_tf32", action=YES_NO, default=False, help="faster float32 products on Ampere cards and later")
     add("--base_precision", choices=["auto", "fp8", "int8", "nf4"], default="auto",
         help="how the frozen UNet's linear layers are stored; auto: in the mixed precision")
-    add("--gradient_checkpointing", action=YES_NO, default=False, help="half the memory for a third more time")
+    add("--gradient_checkpointing", action=YES_NO, default=False,
+        help="compute twice instead of keeping: about half the memory")
     add("--checkpoint_blocks", type=blocks, metavar="auto|all|N",
         help="the same for the UNet's first N blocks only; auto: as few as fit in --vram_budget or the free memory")
     add("--dry_run", action=YES_NO, default=False, help="look at the pictures, tell the plan and the memory, and stop")
     add("--estimate_memory", action=YES_NO, default=False, help="tell what every phase will take, and stop")
-    add("--vram_budget", type=POSITIVE, metavar="GB", help="choose base precision and checkpointing that fit")
+    add("--vram_budget", type=POSITIVE, metavar="GB",
+        help="choose base precision and checkpointing that fit your card")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
@@ -432,8 +456,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--validation_prompts", metavar="FILE", help="more of them, one a line")
     add("--validation_negative_prompt", help="default: none")
     add("--num_validation_images", type=COUNT, default=4, help="of each prompt, with the same seeds every time")
-    add("--validation_num_inference_steps", type=number(int, 1, high=1000), default=25)
-    add("--validation_guidance_scale", type=NOT_NEGATIVE, default=5.0)
+    add("--validation_num_inference_steps", type=number(int, 1, high=1000), default=25, help="of denoising")
+    add("--validation_guidance_scale", type=NOT_NEGATIVE, default=5.0, help="1 is none")
     add("--validation_resolution", type=number(int, 8, high=16384), help="default: --resolution")
     add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
@@ -444,7 +468,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="debug lets libraries talk")
 
     add = parser.add_argument_group("files").add_argument
-    add("--output_dir", default="lora-dreambooth-model", metavar="DIR")
+    add("--output_dir", default="lora-dreambooth-model", metavar="DIR", help="a new one for each run")
     add("--output_kohya_format", action=YES_NO, default=False, help=f"also {KOHYA_FILE}, for ComfyUI, A1111, Forge")
     add("--lora_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the LoRA files; trained in fp32")
     add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between two checkpoints")
@@ -518,6 +542,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_adapter_flags(args)
     check_optimizer_flags(args)
     check_text_flags(args)
+    warn_of_idle_flags(args)
     check_packages(args)
     check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
     vae = Path(args.pretrained_vae_model_name_or_path or "")
@@ -538,11 +563,12 @@ def check_subject(args: argparse.Namespace) -> None:
     folder = pictures_folder(args)
     pictures = list_pictures("--instance_data_dir", folder, args.recursive)
     if not pictures:
-        raise UserError(f"--instance_data_dir {folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+        others = passed_over(folder, args.recursive)
+        convert = f"; {others[0]} must be converted, to .jpg for example" if others else ""
+        raise UserError(f"--instance_data_dir {folder} holds no picture "
+                        f"({', '.join(sorted(PICTURE_SUFFIXES))}){convert}.")
     check_pictures("--instance_data_dir", pictures)
     instance_samples(args)
-    if args.mask_dir and not args.masked_loss:
-        logger.warning("warning: --mask_dir does nothing without --masked_loss.")
     if args.masked_loss and not any(load_mask(path, args.mask_dir) for path in pictures):
         raise UserError(f"--masked_loss finds no mask: no picture of {args.mask_dir or folder} "
                         f"{'has the name of a picture' if args.mask_dir else 'is transparent anywhere'}.")
@@ -651,7 +677,7 @@ def new_tokens(args: argparse.Namespace) -> dict[str, list[str]]:
 def with_tokens(args: argparse.Namespace, prompt: str) -> str:
     """A prompt with new tokens in the place of their abstractions."""
     for word, tokens in new_tokens(args).items():
-        prompt = prompt.replace(word, "".join(tokens))
+        prompt = re.sub(rf"\b{re.escape(word)}\b", "".join(tokens), prompt)
     return prompt
 
 
@@ -661,8 +687,6 @@ def check_text_flags(args: argparse.Namespace) -> None:
     if args.train_text_encoder and args.train_text_encoder_ti:
         raise UserError("--train_text_encoder and --train_text_encoder_ti exclude each other: it is LoRA on the "
                         "encoders, or new tokens.")
-    if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
-        logger.warning("warning: --train_text_encoder_frac does nothing without --train_text_encoder.")
     if trains_text(args) and share < 1 and optimizer_name(args) == "schedule_free":
         flag = f"--train_text_encoder{'_ti' * args.train_text_encoder_ti}_frac"
         raise UserError(f"{flag} {share:g} stops a part of the training, which --optimizer schedule_free cannot do; "
@@ -670,8 +694,33 @@ def check_text_flags(args: argparse.Namespace) -> None:
     if args.train_text_encoder_ti and optimizer_name(args) == "prodigy" and args.token_lr not in (
             1e-3, args.learning_rate):
         raise UserError("--optimizer prodigy finds one rate for all, and --token_lr sets another; leave one out.")
+    if args.train_text_encoder and share < 1 and (prior_kind(args) in ("base_model", "dco") or args.monitor_steps):
+        flag = "--monitor_steps" if args.monitor_steps else f"--prior_preservation {prior_kind(args)}"
+        raise UserError(f"{flag} compares with the base model, whose text encoders are gone after "
+                        f"--train_text_encoder_frac {share:g} of the steps; leave one out.")
     if "" in new_tokens(args):
         raise UserError("--token_abstraction has an empty word.")
+
+
+IDLE_WITHOUT = {  # flags that do nothing where the one of their row is not given
+    "train_text_encoder": ("train_text_encoder_frac",),
+    "train_text_encoder_ti": ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction",
+                              "initializer_concept", "token_lr"),
+    "use_ema": ("ema_half_life",), "masked_loss": ("mask_dir", "background_loss_weight"),
+    "aspect_ratio_buckets": ("max_upscale",)}
+
+
+def warn_of_idle_flags(args: argparse.Namespace) -> None:
+    """Tell of flags that were set and will do nothing."""
+    parser = make_parser()
+    for wanted, flags in IDLE_WITHOUT.items():
+        for flag in flags if not getattr(args, wanted) else ():
+            if getattr(args, flag) != parser.get_default(flag):
+                logger.warning("warning: --%s does nothing without --%s.", flag, wanted)
+    if prior_kind(args) == "dco" and args.prior_loss_weight != 1:
+        logger.warning("warning: --prior_loss_weight does nothing with --prior_preservation dco; --dco_beta does.")
+    if args.scale_lr and optimizer_name(args) == "prodigy":
+        logger.warning("warning: --scale_lr does nothing with --optimizer prodigy, which finds the rate by itself.")
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -1064,7 +1113,7 @@ def instance_samples(args: argparse.Namespace) -> list[Sample]:
                         f"{', '.join(bare[:5])}.")
     prompts = [(captions.get(path) or prompt).replace("{instance_prompt}", prompt or "") for path in pictures]
     for word in new_tokens(args):
-        if not any(word in text for text in prompts):
+        if not any(re.search(rf"\b{re.escape(word)}\b", text) for text in prompts):
             raise UserError(f"--token_abstraction {word} is in no prompt or caption of the subject: write it in the "
                             'place of the rare word, as in "a photo of TOK dog".')
     return [Sample(path, text, is_class=False) for path, text in zip(pictures, prompts, strict=True)] * args.repeats
@@ -1231,7 +1280,13 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import BasicTransformerBlock
@@ -1353,7 +1408,8 @@ def find_sources(args: argparse.Namespace, store: Store) -> tuple[Source, Source
     name = args.pretrained_model_name_or_path
     if base.is_file():
         name = str(unpack(base, store.folder, args.single_file_config, args.cache_dir))
-    source = Source(name, args.revision, args.variant, args.cache_dir, allow_pickle=args.allow_pickle)
+    version = (None, None) if base.is_file() else (args.revision, args.variant)
+    source = Source(name, *version, args.cache_dir, allow_pickle=args.allow_pickle)
     if not other:
         return source, source
     if Path(other).is_file():
@@ -1466,6 +1522,8 @@ def add_tokens(run: Run, encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
     else:
         rows = torch.randn(count, table.shape[1]).to(table.device) * table.std()
     encoder.set_input_embeddings(NewTokens(known, len(tokenizer), rows))
+    if hasattr(encoder, "text_model"):  # SDXL's configuration has it pool at the highest id, which is a new token now
+        encoder.text_model.eos_token_id = tokenizer.eos_token_id
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -1733,20 +1791,29 @@ def adapter_config(args: argparse.Namespace, targets: str, rules: Sequence[Block
 def add_adapters(args: argparse.Namespace, part: nn.Module, targets: str, rules: Sequence[BlockRule] = (),
                  dora: bool = False) -> None:
     """Put float32 LoRA adapters on a frozen part's modules. Raises UserError if there is no such module."""
+    if args.lora_init in (*TWINS, "orthogonal"):
+        odd = [name for name, module in part.named_modules()
+               if re.fullmatch(targets, name) and not isinstance(module, nn.Linear)]
+        if odd:
+            raise UserError(f"--lora_init {args.lora_init} is for linear layers, and --lora_layers names {odd[0]}, "
+                            "which is none; use another of one.")
     try:
         part.add_adapter(adapter_config(args, targets, rules, dora))
     except ValueError as error:
         raise UserError(f"--lora_layers or --lora_unet_blocks name nothing that the {type(part).__name__} has "
                         f"({first_line(error)[:80]}).") from error
-    adapted = [name for name, layer in part.named_modules() if hasattr(layer, "lora_A")]
+    adapted = {name: layer for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
     for rule in rules:
         if not any(name.startswith(f"{rule.block}.") for name in adapted):
             raise UserError(f"--lora_unet_blocks {rule.block}: the base model has no such block with layers to adapt.")
     for parameter in part.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
-    for layer in (layer for layer in part.modules() if hasattr(layer, "lora_A") and args.lora_init in TWINS):
+    for layer in adapted.values() if args.lora_init in TWINS else ():
         begin_as_weights(layer, args.lora_init)
+    for layer in adapted.values() if dora else ():  # peft's norm is rounded to the base's dtype
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.data = layer.base_layer.weight.detach().float().flatten(1).norm(dim=1).view_as(magnitude)
 
 
 def begin_as_weights(layer: nn.Module, kind: str) -> None:
@@ -1806,7 +1873,10 @@ def load_trainable(run: Run) -> TrainableSDXL:
     recompute(args, unet, encoders)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    return TrainableSDXL(unet, encoders, compile_unet(run, unet), args.clip_skip)
+    model = TrainableSDXL(unet, encoders, compile_unet(run, unet), args.clip_skip)
+    for adapter in model.adapters().values() if run.accelerator.num_processes > 1 else ():
+        adapter.data.copy_(broadcast(adapter.data))  # cards of two kinds may decompose a weight differently
+    return model
 
 
 # -------------------------------------------------------------------------------------------------------------- store
@@ -2617,7 +2687,7 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     """Steps from epochs or from --max_train_steps; an epoch need not be a whole number of steps."""
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world
     steps_per_epoch = instance_rows / samples_per_step
-    passes = args.steps_per_image or args.num_train_epochs
+    passes = args.steps_per_image / args.repeats if args.steps_per_image else args.num_train_epochs
     total_steps = args.max_train_steps or math.ceil(passes * steps_per_epoch)
     return Schedule(total_steps, steps_per_epoch, samples_per_step)
 
@@ -2655,8 +2725,8 @@ def make_adafactor(groups: list[dict[str, Any]], args: argparse.Namespace) -> to
 
 
 def make_schedule_free(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Schedule-free AdamW (arXiv:2405.15682); it warms up by itself."""
-    optimizer = from_library("schedulefree", "AdamWScheduleFree", warmup_steps=args.lr_warmup_steps)(groups, args)
+    """Schedule-free AdamW (arXiv:2405.15682); --lr_scheduler constant_with_warmup warms it up."""
+    optimizer = from_library("schedulefree", "AdamWScheduleFree", warmup_steps=0)(groups, args)
     optimizer.train()
     return optimizer
 
@@ -2811,7 +2881,7 @@ def settings_of(run: Run, digest: str) -> dict[str, Any]:
     split = run.args.gradient_accumulation_steps * run.accelerator.num_processes
     return {**{f"--{name}": getattr(run.args, name) for name in KEPT_SETTINGS}, "--seed": run.seed,
             "--mixed_precision": run.accelerator.mixed_precision,
-            "the base model": Path(run.base.name).name,  # its folder may have moved
+            "the base model": Path(run.args.pretrained_model_name_or_path).name,  # its folder may have moved
             "--gradient_accumulation_steps times processes": split, "what the pictures and prompts hash to": digest}
 
 
@@ -2842,7 +2912,8 @@ class TrainingState:
         """Take up a checkpoint's state; returns its step. Raises UserError if it does not fit, anything if broken."""
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)  # runs no code
         for name, now in self.settings.items():
-            then = state["settings"][name]
+            default = make_parser().get_default(name.removeprefix("--"))  # what an older script knew nothing of
+            then = state["settings"].get(name, default)
             if then != now:
                 raise UserError(f"--resume_from_checkpoint {folder}: {name} was {then} and is now {now}; a run goes "
                                 "on as it began, so change it back, or start anew in another --output_dir.")
@@ -2850,7 +2921,7 @@ class TrainingState:
             parameter.data.copy_(state["adapters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.average.load_state_dict(state["average"])
+        self.average.load_state_dict(state.get("average", {}))
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
@@ -3169,7 +3240,8 @@ def make_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) 
                        f"{history[-1]['step'] if history else 0} steps so far"),
         curves="".join(curve(escape(name), points) for name, points in curves.items()) or "<p>Nothing yet.</p>",
         data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
-        use=escape(USE.format(base=run.base.name, folder=str(run.output), file=LORA_FILE, prompt=subject[0].prompt)),
+        use=escape(USE.format(base=run.base.name, folder=str(run.output), file=LORA_FILE,
+                              prompt=with_tokens(args, subject[0].prompt))),
         settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
 
 
@@ -3253,6 +3325,7 @@ class Progress:
         told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
                 "samples_per_second": speed, **rates}
         told |= self.by_timestep() | self.monitor(self.step)
+        now = time.perf_counter()
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
@@ -3286,23 +3359,24 @@ class Progress:
                 "bf16 or --on_nan skip helps; or is one of these pictures odd?")
 
 
-MONITOR_ROWS, MONITOR_LEVELS, MONITOR_WINDOW = 8, 8, 5  # pictures, levels of noise, measures that tell of rest
+MONITOR_LEVELS, MONITOR_WINDOW = 8, 5  # levels of noise, measures that tell of rest
 
 
 def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
                  objective: Objective) -> Callable[[int], dict[str, float]]:
     """A function of the step that tells, where that is due, how well the subject is known and how far the class moved.
 
-    fit: the mean squared error on the subject's pictures; drift: the mean square between predictions for the class
-    prompt with and without adapters, on the same noisy pictures; rest: the variance of the last measures of fit over
-    that of all (DVAR of arXiv:2302.04841, which stops below 0.15). Noise and timesteps are always the same.
+    fit: the mean squared error on a batch of the subject's pictures; drift: the mean square between predictions for
+    the class prompt with and without adapters, on the same noisy pictures; rest: the variance of the last measures of
+    fit over that of all (DVAR of arXiv:2302.04841, which stops below 0.15). Noise and timesteps are always the same.
     """
     every, fits = run.args.monitor_steps, []
     if not every:
         return lambda step: {}
     shelf = cache.shelves[0]
-    rows = list(shelf.views)[:MONITOR_ROWS]
-    moments, ids = shelf.moments([shelf.views[row][0] for row in rows]), shelf.add_time_ids[:len(rows)]
+    rows = [row for row in shelf.views if row < len(cache.buckets)][:run.args.train_batch_size]  # the subject's
+    seen = [shelf.views[row][0] for row in rows]
+    moments, ids = shelf.moments(seen), shelf.add_time_ids[seen]
     count = len(objective.a)
     levels = [count * (2 * i + 1) // (2 * MONITOR_LEVELS) for i in range(MONITOR_LEVELS)]
 
@@ -3580,7 +3654,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
     args, step = run.args, max(run.output.glob("validation/step-*/00.png"), default=None)
     content = save(tensors)
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
-    title, trigger = run.output.resolve().name, args.instance_prompt or ""
+    title, trigger = run.output.resolve().name, with_tokens(args, args.instance_prompt or "")
     settings = {
         "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
         "network_dim": next(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")),
@@ -3643,7 +3717,8 @@ def check_kohya(path: Path, tensors: dict[str, Tensor], scales: dict[str, float]
         theirs = up.flatten(1) @ down.flatten(1) * (found.pop(f"{stem}.alpha").item() / len(down))
         ours = tensors[key.replace("lora_A", "lora_B")].flatten(1) @ tensors[key].flatten(1)
         ours = ours * scales[scale_name(module)]
-        if (theirs - ours).norm() > limit * ours.norm():
+        rounded = scales[scale_name(module)] * (up.norm() * down.norm()).item()  # small may be a difference of large
+        if (theirs - ours).norm() > limit * max(ours.norm().item(), rounded):
             raise TrainingError(f"{path}: {stem} is not what was trained; please report this.")
     if found:
         raise TrainingError(f"{path} holds what belongs to no adapter, {next(iter(found))} first; please report this.")
@@ -3690,6 +3765,8 @@ def command_of(args: argparse.Namespace, seed: int) -> str:
 
 def base_license(name: str) -> str | None:
     """The license that the base model's card states, if it has a card that can be read."""
+    if Path(name).is_file():  # which would be read whole, as a card
+        return None
     try:
         return ModelCard.load(Path(name, "README.md") if Path(name).is_dir() else name).data.license
     except Exception:  # no card, no network, no front matter: this card says nothing of a license then
@@ -3750,6 +3827,12 @@ def describe_data(subject: Sequence[Sample]) -> str:
             + (f", with {captioned} different captions" if captioned > 1 else ""))
 
 
+def trigger_of(args: argparse.Namespace, subject: Sequence[Sample]) -> str:
+    """What calls the subject: the instance prompt, if it was trained with, or else the first caption."""
+    prompt = args.instance_prompt
+    return prompt if prompt and any(prompt in sample.prompt for sample in subject) else subject[0].prompt
+
+
 def card_settings(run: Run, step: int) -> str:
     """Rows of the card's table: what the trained steps were like."""
     args = run.args
@@ -3779,7 +3862,7 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
     """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
     args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
     gallery, samples = sorted(validation_folder(run.output, step).glob("*.png")), write_samples(run, subject)
-    trigger, drawn = with_tokens(args, args.instance_prompt or subject[0].prompt), run.prompts
+    trigger, drawn = with_tokens(args, trigger_of(args, subject)), run.prompts
     data = ModelCardData(
         license=base_license(base), library_name="diffusers", tags=TAGS + ["dora"] * args.use_dora,
         instance_prompt=trigger,
@@ -3803,7 +3886,8 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
         "this repository holds no file for them; `--output_kohya_format` writes one.",
         parts=f"the UNet{' and both text encoders' * args.train_text_encoder}"
               f"{', with new tokens in both text encoders' * args.train_text_encoder_ti}",
-        vae_line=vae_line(vae) if vae else "", vae_argument=", vae=vae" if vae else "",
+        vae_line=vae_line(vae, args.single_file_config or base) if vae else "",
+        vae_argument=", vae=vae" if vae else "",
         vae=vae or "the base model's own", command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
     with written_beside(run.output / "README.md") as unfinished:
@@ -3816,6 +3900,7 @@ embeddings = load_file({file})
 for name, encoder, tokenizer in (("clip_l", pipeline.text_encoder, pipeline.tokenizer),
                                  ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2)):
     pipeline.load_textual_inversion(embeddings[name], token={tokens}, text_encoder=encoder, tokenizer=tokenizer)
+pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id  # as in training
 """
 
 
@@ -3829,10 +3914,12 @@ def tokens_line(args: argparse.Namespace, repo: str) -> str:
     return imports + TOKENS.format(file=place if args.push_to_hub else local, tokens=tokens)
 
 
-def vae_line(vae: str) -> str:
+def vae_line(vae: str, config: str) -> str:
     """The line of a card's snippet that loads another VAE."""
-    loader, dtype = ("from_single_file", "torch_dtype") if Path(vae).is_file() else ("from_pretrained", "dtype")
-    return f"vae = AutoencoderKL.{loader}({vae!r}, {dtype}=torch.float16)\n"
+    if not Path(vae).is_file():
+        return f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)\n"
+    return (f'vae = AutoencoderKL.from_single_file({vae!r}, config={config!r}, subfolder="vae", '
+            "torch_dtype=torch.float16)\n")
 
 
 HUB_WAITS = (1, 3, 9)  # seconds before the Hub is asked again
@@ -4315,6 +4402,12 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
                   f"{passes:.0f} passes; seed {run.seed}"),
         ("Output", args.output_dir),
     ])
+    if not args.max_train_steps and not args.steps_per_image and args.num_train_epochs == 1:
+        logger.warning("warning: one pass over the pictures is far too little to learn a subject; --steps_per_image "
+                       "100 is a beginning.")
+    if args.instance_prompt and not any(args.instance_prompt in prompt for prompt in prompts):
+        logger.warning("warning: all pictures have captions, and --instance_prompt is in none of them; "
+                       "{instance_prompt} in a caption stands for it.")
     for fault in examine(args, subject, buckets) if IS_FIRST_RANK else ():
         logger.warning("warning: %s", fault)
 
@@ -4430,12 +4523,27 @@ def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: S
     return adapters + checkpoints * adapters * (2 + state / 4)
 
 
+def set_aside(output: Path) -> None:
+    """Move what an earlier run left, checkpoints and pictures, where it cannot be taken for this one's."""
+    pictures = [path for path in (output / "validation").glob("step-*") if path.name != "step-000000"]
+    old = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if not old and not pictures:
+        return
+    place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
+    place.mkdir()
+    for path in (*old, *[output / "validation"] * (output / "validation").is_dir()):
+        path.replace(place / path.name)
+    say([("Earlier", f"checkpoints and pictures of the run before are now in {place}")])
+
+
 def open_output(run: Run) -> None:
     """Make the output folder, leave the run's flags there and begin the tracker's run, without secrets."""
     args = run.args
     logging_dir = Path(args.output_dir, args.logging_dir)
     if run.accelerator.is_main_process:
         (run.output if args.report_to == "none" else logging_dir).mkdir(parents=True, exist_ok=True)
+        if find_checkpoint(args.resume_from_checkpoint, run.output) is None:
+            set_aside(run.output)
         write_config(args, run.seed)
     settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
                 for key, value in public_settings(args, run.seed).items()}

@@ -93,6 +93,23 @@ def test_web_uis_make_the_same_weights(train, tiny, kind):
             torch.testing.assert_close(theirs, layer.base_layer.weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "orthogonal"])
+def test_a_change_that_is_smaller_than_its_rounding_is_no_fault(train, kind, dtype):
+    """One step at a low rate: the halves that cancel out are each far larger than what was learnt."""
+    flags = {"lora_init": kind, "lora_dtype": dtype, "output_kohya_format": True, "learning_rate": 1e-6}
+    output = train(**flags, max_train_steps=1, checkpointing_steps=1)
+    assert (output / trainer.KOHYA_FILE).exists()
+
+
+def test_dora_begins_at_the_base_model_in_half_precision(train):
+    run = trainer.start(train.args(use_dora=True, mixed_precision="bf16", lora_preset="full"))
+    for layer in trainer.load_trainable(run).layers:
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        exact = layer.base_layer.weight.float().flatten(1).norm(dim=1)
+        torch.testing.assert_close(magnitude.flatten(), exact, rtol=1e-6, atol=0)
+
+
 def sdxl_modules(tmp_path, **flags) -> set[str]:
     """What the full-size UNet would have adapted."""
     unet = trainer.sketch(trainer.Source(str(write_configuration(tmp_path / "sdxl"))), "unet")
@@ -183,6 +200,7 @@ def test_an_unknown_block_or_layer_is_one_sentence(train):
         ({"lora_unet_blocks": "up_blocks.7"}, r"--lora_layers or --lora_unet_blocks name nothing"),
         ({"lora_unet_blocks": "up_blocks.0,up_blocks.7"}, r"--lora_unet_blocks up_blocks.7: .* no such block"),
         ({"lora_layers": "nothing"}, r"--lora_layers or --lora_unet_blocks name nothing"),
+        ({"lora_layers": "conv1", "lora_init": "pissa"}, r"--lora_layers names .*conv1, which is none"),
     ):
         with pytest.raises(trainer.UserError, match=told):
             train(**flags)
@@ -233,6 +251,11 @@ def quadratic(name: str, **flags):
     vars(args).update(flags)
     model = Model()
     return trainer.make_optimizer(args, model, 1), model.weight
+
+
+def test_schedule_free_warms_up_where_it_is_told_to():
+    constant, _ = quadratic("schedule_free")
+    assert constant.param_groups[0]["warmup_steps"] == 0
 
 
 def test_prodigys_flags_reach_it():

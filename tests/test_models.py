@@ -91,6 +91,7 @@ def test_trap_15_names_of_text_encoders_carry_text_model(run):
 
 def test_full_size_counts(run):
     """560 attention modules, 5.8 M parameters at rank 4: the figures of the real SDXL, on the meta device."""
+    args = run().args
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             block_out_channels=[320, 640, 1280],
@@ -107,7 +108,7 @@ def test_full_size_counts(run):
             sample_size=128,
         )
         unet.requires_grad_(False)
-        trainer.add_adapters(run().args, unet, trainer.unet_targets(run().args))
+        trainer.add_adapters(args, unet, trainer.unet_targets(args))
         text = PART_CLASSES["text_encoder"].config_class(num_hidden_layers=12)
         encoder = PART_CLASSES["text_encoder"](text)
     trained = [p for p in unet.parameters() if p.requires_grad]

@@ -24,11 +24,12 @@ def parts(train, **flags):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_fit_is_the_loss_and_drift_is_nothing_before_training(train, kind):
     """Against diffusers' add_noise and velocity, over eight levels of noise."""
-    run, cache, table, objective, model = parts(train, prediction_type=kind, center_crop=True)
+    flags = {"prediction_type": kind, "train_batch_size": 5, "random_flip": True}
+    run, cache, table, objective, model = parts(train, **flags)
     told = trainer.make_monitor(run, model, cache, table, objective)(2)
     assert told["monitor/drift"] == 0
     ddpm = DDPMScheduler.from_config(run.scheduler.config)
-    latents, losses = cache.shelves[0].moments([0, 1, 2, 3, 4]).mean, []
+    latents, losses = cache.shelves[0].moments([views[0] for views in cache.shelves[0].views.values()]).mean, []
     for t in range(62, 1000, 125):
         generator = torch.Generator().manual_seed(trainer.position_seed(run.seed, "monitor", t))
         noise, steps = torch.randn(latents.shape, generator=generator), torch.tensor([t] * 5)
@@ -64,6 +65,16 @@ def test_looking_changes_nothing_and_the_curves_go_on_after_a_stop(train, tmp_pa
     assert curves[0][0][2] < curves[0][-1][2] and "monitor/drift" in (watched / "report.html").read_text()
 
 
+def test_only_the_subjects_pictures_are_measured(train):
+    """Rows of the class stand behind them on the same shelf."""
+    run, cache, table, objective, model = parts(train, train_batch_size=5)
+    alone = trainer.make_monitor(run, model, cache, table, objective)(2)
+    subject = trainer.instance_samples(run.args)
+    others = [sample._replace(prompt="a photo of a dog", is_class=True) for sample in subject]
+    cache = trainer.build_cache(run, subject + others, [(16, 16)] * len(subject), table)
+    assert trainer.make_monitor(run, model, cache, table, objective)(2) == alone
+
+
 def test_the_class_prompt_is_needed_and_then_does_something(train, capsys):
     with pytest.raises(trainer.UserError, match="--monitor_steps needs --class_prompt"):
         train.args(monitor_steps=5)
@@ -75,5 +86,7 @@ def test_steps_per_image(train):
     args = train.args(max_train_steps=None, steps_per_image=100, train_batch_size=2)
     assert trainer.plan_steps(args, 5, 1).total_steps == 250  # each of five is seen 100 times
     assert trainer.plan_steps(args, 5, 2).total_steps == 125
+    args = train.args(max_train_steps=None, steps_per_image=100, train_batch_size=2, repeats=4)
+    assert trainer.plan_steps(args, 20, 1).total_steps == 250  # repeats are views of the same five
     with pytest.raises(trainer.UserError, match="--steps_per_image and --max_train_steps both"):
         train.args(steps_per_image=100)

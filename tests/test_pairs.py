@@ -64,6 +64,8 @@ REFUSED = [
     {("adapter", "blocks, LoRA+"), ("optimizer", "prodigy")},
     {("text", "LoRA for half"), ("optimizer", "schedule-free")},
     {("text", "new tokens"), ("optimizer", "schedule-free")},
+    {("text", "LoRA for half"), ("prior", "base model")},
+    {("text", "LoRA for half"), ("prior", "dco")},
 ]
 
 

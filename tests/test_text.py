@@ -1,5 +1,7 @@
 """What the text encoders learn: a share of the steps, new tokens, layers left out."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,36 @@ def test_clip_skip_is_diffusers_clip_skip(train, tiny, encoders):
     assert picture(output, 2) == drawn_by_a_user(pipeline, "a dog", clip_skip=1)
     assert picture(output, 2) != drawn_by_a_user(pipeline, "a dog")
     assert "clip_skip=1" in (output / "README.md").read_text()
+
+
+def test_the_prompt_is_pooled_at_its_end_as_in_web_uis(train, tiny, tmp_path):
+    """SDXL's configuration has eos_token_id 2, with which transformers pools at the highest id: a new token."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    config = base / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 2}))
+    flags = {**TI, "pretrained_model_name_or_path": base, "validation_prompt": "TOK dog on grass"}
+    output = train(**flags, num_validation_images=1, max_train_steps=4)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    load_tokens(pipeline, output, ["<s0>", "<s1>"])
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
+    elsewhere = drawn_by_a_user(pipeline, "<s0><s1> dog on grass")
+    line = next(line for line in (output / "README.md").read_text().splitlines() if "eos_token_id" in line)
+    exec(line, {"pipeline": pipeline})
+    assert picture(output, 4) == drawn_by_a_user(pipeline, "<s0><s1> dog on grass") != elsewhere
+
+
+def test_only_whole_words_are_new_tokens(train):
+    args = train.args(**TI)
+    assert trainer.with_tokens(args, "TOK dog in TOKYO, TOK.") == "<s0><s1> dog in TOKYO, <s0><s1>."
+
+
+def test_flags_that_will_do_nothing_are_told(train, capsys):
+    train.args(
+        train_text_encoder_frac=0.5, token_lr=0.1, ema_half_life=3, optimizer="prodigy", learning_rate=1, scale_lr=True
+    )
+    told = capsys.readouterr().out
+    for flag in ("train_text_encoder_frac", "token_lr", "ema_half_life", "scale_lr"):
+        assert f"--{flag} does nothing with" in told
+    train.args()
+    assert capsys.readouterr().out == ""

@@ -409,3 +409,46 @@ accelerate.notebook_launcher(function, num_processes=1)
     )
     assert told.returncode == 0, told.stderr
     assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
+
+
+def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(train, capsys):
+    """Its checkpoints would be taken for the new run's, and the new ones removed as the oldest."""
+    flags = {"validation_prompt": "a dog", "num_validation_images": 1, "checkpointing_steps": 2, "log_level": "info"}
+    output = train(**flags, max_train_steps=6, validation_steps=2)
+    capsys.readouterr()
+    train(**flags, max_train_steps=4, validation_steps=4, checkpoints_total_limit=1, seed=2)
+    assert f"Earlier   checkpoints and pictures of the run before are now in {output}/earlier-1" in (
+        capsys.readouterr().out
+    )
+    assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-4"]
+    assert [folder.name for folder in trainer.list_checkpoints(output / "earlier-1")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    assert sorted(path.name for path in (output / "validation").iterdir()) == ["step-000000", "step-000004"]
+    train(**flags, max_train_steps=6, resume_from_checkpoint="latest", seed=2)
+    assert not (output / "earlier-2").exists()
+    train(**flags, max_train_steps=2)
+    assert (output / "earlier-2" / "checkpoint-6").exists()
+
+
+def test_one_pass_and_a_prompt_that_no_caption_has_are_warned_about(train, pictures, tmp_path, capsys):
+    import shutil
+
+    captioned = tmp_path / "captioned"
+    shutil.copytree(pictures, captioned)
+    for path in captioned.glob("*.png"):
+        path.with_suffix(".txt").write_text("a red thing")
+    output = train(max_train_steps=None, instance_data_dir=captioned)
+    told = capsys.readouterr().out
+    assert "one pass over the pictures is far too little" in told and "--instance_prompt is in none of them" in told
+    assert "Use `a red thing` in your prompt" in (output / "README.md").read_text()
+    train(max_train_steps=None, steps_per_image=2)
+    assert "far too little" not in capsys.readouterr().out
+
+
+def test_pictures_of_a_telephone_are_named(train, tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
+    with pytest.raises(trainer.UserError, match=r"holds no picture .*; IMG_1.HEIC must be converted, to .jpg"):
+        train.args(instance_data_dir=tmp_path)

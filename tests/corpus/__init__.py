@@ -406,6 +406,7 @@ FLAGS = [
     Case("a budget of nothing", flags(vram_budget=0.000001), "--vram_budget 1e-06 is too small", True),
 ]
 
+
 def single_file(keys: list[str], cut: int = 0) -> Callable[[Path, Stock], dict]:
     """A base model that is one file with tensors of these names."""
 
@@ -556,6 +557,13 @@ CRAFTS = [
     Case("value of steps_per_image", flags(steps_per_image=5), "--steps_per_image and --max_train_steps both"),
     Case("value of timestep_bias", flags(timestep_bias="middle"), "--timestep_bias: invalid choice"),
     Case("value of prior_preservation (30)", flags(prior_preservation="hope"), "--prior_preservation: invalid choice"),
+    Case("a rate of nothing", flags(lora_unet_blocks="mid_block=4:0"), "is not BLOCK, BLOCK=RANK"),
+    Case("a rate with two points", flags(lora_unet_blocks="mid_block=4:1.2.3"), "is not BLOCK, BLOCK=RANK"),
+    Case(
+        "a base model that is half there",
+        flags(train_text_encoder=True, train_text_encoder_frac=0.5, prior_preservation="dco"),
+        "--prior_preservation dco compares with the base model",
+    ),
     Case("zero SNR of epsilon", flags(rescale_betas_zero_snr=True), "needs --prediction_type v_prediction", True),
     Case("a block that is not there", flags(lora_unet_blocks="up_blocks.7"), "name nothing that the UNet", True),
     Case("a layer that is not there", flags(lora_layers="nothing"), "name nothing that the UNet", True),
