@@ -3330,7 +3330,8 @@ class Progress:
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **told}) + "\n")
-        self.bar.set_postfix(loss=f"{self.loss:.4f}", lr=f"{next(iter(rates.values())):.1e}", refresh=False)
+        self.bar.set_postfix({"loss": f"{self.loss:.4f}", "lr": f"{next(iter(rates.values())):.1e}", "pictures/s":
+                              f"{speed:.3g}", "GB": f"{told['peak_memory_gb']:.1f}"}, refresh=False)
         for seen in (self.seen, self.norms, self.rows):
             seen.clear()
         self.looked_at, self.since = self.step, now

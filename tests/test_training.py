@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -389,6 +390,7 @@ def test_output_of_a_run_is_plan_progress_summary(train):
         "Card",
     ]
     assert "Training" in told.stderr and "warn" not in told.stderr.lower()
+    assert re.search(r"loss=[\d.]+, lr=1.0e-02, pictures/s=[\d.e+]+, GB=\d", told.stderr)
     assert all("Training" in line or not line for line in told.stderr.replace("\r", "\n").splitlines())
 
 
