@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,12 @@ def folder(tmp_path) -> Path:
     for name, colour in (("a.png", "red"), ("b.jpg", "green"), ("more/c.png", "blue")):
         Image.new("RGB", (30, 20), colour).save(made / name)
     return made
+
+
+def noise_picture(size: tuple[int, int], spread: int) -> Image.Image:
+    """Grey noise, the same each time: Pillow's own has no seed."""
+    levels = np.random.default_rng(spread).normal(128, spread, size[::-1]).clip(0, 255)
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
 
 
 def prompts(train, folder, **flags) -> dict[str, str]:
@@ -94,7 +101,7 @@ def shapes(tmp_path) -> Path:
     made = tmp_path / "shapes"
     made.mkdir()
     for i, (name, size) in enumerate(SHAPES.items()):
-        Image.effect_noise(size, 50 + i).convert("RGB").save(made / name)
+        noise_picture(size, 50 + i).save(made / name)
     return made
 
 
@@ -240,7 +247,7 @@ def test_what_is_odd_about_pictures_is_told_before_anything_heavy(train, tmp_pat
 
     made = tmp_path / "odd"
     made.mkdir()
-    noise = Image.effect_noise((300, 300), 80).convert("RGB")
+    noise = noise_picture((300, 300), 80)
     noise.resize((60, 60)).resize((300, 300)).save(made / "fine.png")
     Image.open(made / "fine.png").resize((290, 290)).save(made / "again.jpg", quality=80)
     noise.rotate(90).resize((7, 7)).save(made / "small.png")
@@ -270,7 +277,7 @@ def masked(tmp_path) -> Path:
     made, masks = tmp_path / "masked", tmp_path / "masks"
     made.mkdir()
     masks.mkdir()
-    noise = Image.effect_noise((32, 32), 90).convert("RGB")
+    noise = noise_picture((32, 32), 90)
     half = Image.new("L", (32, 32), 0)
     half.paste(255, (0, 0, 16, 32))
     cut = noise.copy()
