@@ -3822,7 +3822,7 @@ def describe_data(subject: Sequence[Sample]) -> str:
     for path in paths:
         with suppress(OSError):
             sizes.append(picture_size(path))
-    spread = [f"{min(sides)} to {max(sides)}" for sides in zip(*sizes, strict=True)]
+    spread = [" to ".join(map(str, dict.fromkeys((min(sides), max(sides))))) for sides in zip(*sizes, strict=True)]
     captioned = len({sample.prompt for sample in subject})
     return (f"{len(paths)}" + (f", {spread[0]} pixels wide and {spread[1]} high" if sizes else "")
             + (f", with {captioned} different captions" if captioned > 1 else ""))
