@@ -4401,7 +4401,8 @@ def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
         ("Optimizer", f"{optimizer_name(args)}, rate {args.learning_rate:g}, {args.lr_scheduler}"),
         ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
                   f"{passes:.0f} passes; seed {run.seed}"),
-        ("Output", args.output_dir),
+        ("Output", f"{args.output_dir}; latents of the subject take up to {megabytes(cache_bytes(run, len(subject)))} "
+                   f"in {run.store.folder}"),
     ])
     if not args.max_train_steps and not args.steps_per_image and args.num_train_epochs == 1:
         logger.warning("warning: one pass over the pictures is far too little to learn a subject; --steps_per_image "

@@ -259,7 +259,7 @@ def test_what_is_odd_about_pictures_is_told_before_anything_heavy(train, tmp_pat
     assert "blurry.png looks blurry" in told and told.count("blurry;") == 1
     assert "again.jpg and fine.png look alike" in told
     assert "phone.heic passed over" in told
-    assert "Steps" in told and "It fits in" in told
+    assert "Steps" in told and "It fits in" in told and "latents of the subject take up to" in told
     assert not Path(train.flags["output_dir"]).exists()
 
 
