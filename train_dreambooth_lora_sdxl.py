@@ -4,7 +4,7 @@
 # dependencies = [
 #     "torch>=2.14",
 #     "diffusers>=0.42.1",
-#     "transformers>=5.23.0",
+#     "transformers>=5.23.0,<5.24",
 #     "accelerate>=1.15.0",
 #     "peft>=0.21.2",
 #     "bitsandbytes>=0.50.2",
@@ -52,6 +52,7 @@ import argparse
 import base64
 import bisect
 import csv
+import ctypes
 import difflib
 import errno
 import functools
@@ -102,28 +103,38 @@ TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
 TWINS = ("pissa", "olora")  # of --lora_init: adapters that begin as a part of the weights, which a twin takes away
+SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"  # what single files go with
 VAE_KEYS = ("^encoder.conv_in.weight$", "^decoder.conv_out.weight$")  # what a single file of each kind must have
 SDXL_KEYS = ("^model.diffusion_model.input_blocks.0.0.weight", "^first_stage_model.encoder.conv_in.weight",
              "^conditioner.embedders.0.transformer.text_model.", "^conditioner.embedders.1.model.positional_embedding")
 
-IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one that talks, known before torch is
-
 logger = logging.getLogger("dreambooth")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that talks; known before torch is, and told anew in a notebook's children."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the flag or file and the cure. Exit code 2."""
 
+    exit_code = 2
+
 
 class TrainingError(Exception):
     """The run itself went wrong: one sentence with the cause and what helps. Exit code 1."""
+
+    exit_code = 1
 
 
 class HubError(Exception):
     """The Hub failed, the run did not: one sentence with what is safe where, and what pushes it. Exit code 3."""
 
+    exit_code = 3
 
-class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to stop, and everything is saved)
+
+class Stopped(BaseException):  # noqa: N818 (not an error, and nobody's `except Exception` may swallow it)
     """A signal or the clock ended the run after everything was saved. Exit code 128 + signal, or 0."""
 
     def __init__(self, signum: int, message: str) -> None:
@@ -137,15 +148,23 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (UserError, TrainingError, HubError, Stopped) as ending:
-        codes = {UserError: 2, TrainingError: 1, HubError: 3}
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
-            print("" if isinstance(ending, Stopped) else "error: ", printable(str(ending)), sep="", file=sys.stderr)
-        sys.exit(getattr(ending, "exit_code", codes.get(type(ending))))
+        rank = os.environ.get("LOCAL_RANK", "0")
+        if rank == "0" or isinstance(ending, TrainingError):  # mistakes are everybody's, mishaps may be one rank's
+            label = "" if isinstance(ending, Stopped) else "error: " if rank == "0" else f"error on rank {rank}: "
+            print(label, printable(str(ending)), sep="", file=sys.stderr)
+        sys.exit(ending.exit_code)
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped: a prompt or a file's name cannot command the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+    """The text with control characters and broken bytes escaped: a file's name cannot command the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def heed_the_launcher() -> None:
+    """On Linux, be sent SIGTERM when `accelerate launch` dies, which hands on no signal; a shell may go (nohup)."""
+    with suppress(OSError):
+        if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def leave(signum: int, frame: object) -> NoReturn:
@@ -155,16 +174,6 @@ def leave(signum: int, frame: object) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------------- command line
 # A table of flags, and everything that they and the file system can reveal, before anything heavy is imported.
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Tells each flag's default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in told:
-            return told
-        return f"{told} (default: {action.default})".replace("%", "%%").lstrip()
 
 
 class Parser(argparse.ArgumentParser):
@@ -255,6 +264,24 @@ def rules_of(args: argparse.Namespace) -> list[BlockRule]:
             for rule in found]
 
 
+class OptimizerKind(NamedTuple):
+    """Where an optimizer is found, and the bytes of its state for a trained parameter."""
+
+    module: str
+    name: str
+    state_bytes: int
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind("torch.optim", "AdamW", 8),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2),
+    "paged_adamw8bit": OptimizerKind("bitsandbytes.optim", "PagedAdamW8bit", 2),
+    "lion8bit": OptimizerKind("bitsandbytes.optim", "Lion8bit", 1),
+    "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16),
+    "adafactor": OptimizerKind("transformers", "Adafactor", 0),
+    "schedule_free": OptimizerKind("schedulefree", "AdamWScheduleFree", 8)}
+
+
 class YesNoTrueFalse(argparse.BooleanOptionalAction):
     """--flag and --no-flag, and --flag True or False, as old commands write."""
 
@@ -272,12 +299,10 @@ class YesNoTrueFalse(argparse.BooleanOptionalAction):
 
 
 COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
+FEW = number(int, 1, high=10**5)  # what is listed before anything else happens
 SHARE = number(float, 0, strict=True, high=1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
-OPTIMIZER_PACKAGES = {
-    "adamw": "torch", "adamw8bit": "bitsandbytes", "paged_adamw8bit": "bitsandbytes", "lion8bit": "bitsandbytes",
-    "prodigy": "prodigyopt", "adafactor": "transformers", "schedule_free": "schedulefree"}
 ATTENTION = ("to_k", "to_q", "to_v", r"to_out\.0")
 LINEAR = (*ATTENTION, r"ff\.net\.0\.proj", r"ff\.net\.2", r"attentions\.\d+\.proj_in", r"attentions\.\d+\.proj_out")
 LORA_PRESETS = {  # blocks by their beginnings, layers by their ends; B-LoRA's blocks are of arXiv:2403.14572
@@ -293,13 +318,13 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     """The command line, one row a flag."""
-    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="accelerate launch train_dreambooth_lora_sdxl.py FLAGS")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
 
     add = parser.add_argument_group("base model").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="ID|DIR|FILE",
-        help="SDXL: Hub id, diffusers folder, or one .safetensors file")
+    add("--pretrained_model_name_or_path", metavar="ID|DIR|FILE",
+        help="needed: SDXL as Hub id, diffusers folder, or one .safetensors file")
     add("--pretrained_vae_model_name_or_path", metavar="ID|DIR|FILE",
         help="another VAE, such as madebyollin/sdxl-vae-fp16-fix")
     add("--single_file_config", metavar="ID|DIR",
@@ -318,11 +343,11 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--instance_prompt", help='with a rare word: "a photo of sks dog"; not needed where all have captions')
     add("--recursive", action=YES_NO, default=False, help="look into sub-folders, too")
     add("--caption_dropout", type=number(float, 0, high=1), default=0.0, help="share of rows that see an empty prompt")
-    add("--repeats", type=COUNT, default=1, help="times that each picture counts, each with its own crop and flip")
+    add("--repeats", type=FEW, default=1, help="times that each picture counts, each with its own crop and flip")
     add("--resolution", type=number(int, 8, high=16384), default=1024,
         help="side of the square that is trained on; a multiple of 8")
     add("--masked_loss", action=YES_NO, default=False, help="learn the subject, not its surroundings: what is opaque")
-    add("--mask_dir", metavar="DIR", help="masks by the pictures' names, white where the subject is; else their alpha")
+    add("--mask_dir", metavar="DIR", help="masks by the pictures' names, white where the subject is; default: alpha")
     add("--background_loss_weight", type=number(float, 0, strict=True, high=1), default=0.1,
         help="what the background counts with --masked_loss")
     add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
@@ -333,7 +358,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--image_interpolation_mode", default="lanczos",
         choices=[m.name.lower() for m in Image.Resampling], help="how pictures are resized")
     add("--cache_latents_dir", metavar="DIR", help="of encoded pictures and prompts; default: cache in --output_dir")
-    add("--cache_variants", type=COUNT, default=8, help="views of a picture where crop or flip are random")
+    add("--cache_variants", type=FEW, default=8, help="views of a picture where crop or flip are random")
     add("--dataloader_num_workers", type=INDEX, default=0, help="threads that decode pictures while they are cached")
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -343,7 +368,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
              "without pictures; or by not leaving the base model, without a prompt")
     add("--class_data_dir", metavar="DIR", help="folder of class pictures; missing ones are drawn into it")
     add("--class_prompt", help='the same without the rare word: "a photo of a dog"')
-    add("--num_class_images", type=COUNT, default=100, help="in the folder; missing ones are drawn")
+    add("--num_class_images", type=FEW, default=100, help="in the folder; missing ones are drawn")
     add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0, help="what a row of the class counts")
     add("--dco_beta", type=POSITIVE, default=1000.0, help="of dco: how hard it holds on to the base model")
     add("--sample_batch_size", type=COUNT, default=4, help="class pictures drawn at once")
@@ -376,13 +401,20 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--token_lr", type=POSITIVE, default=1e-3, help="of the new tokens' embeddings")
     add("--clip_skip", type=number(int, 0, high=10), default=0, help="text encoder layers left out, beside the last")
 
-    add = parser.add_argument_group("training").add_argument
+    add = parser.add_argument_group("length").add_argument
     add("--train_batch_size", type=number(int, 1, high=4096), default=4,
         help="pictures of the subject in a micro-batch, per process")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches in an optimizer step")
     add("--num_train_epochs", type=COUNT, default=1, help="passes over the pictures")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
     add("--steps_per_image", type=COUNT, help="instead: times that each picture is seen, whatever the batch")
+    add("--seed", type=SEED, help="default: drawn at random, and written to " + CONFIG_FILE)
+    add("--on_nan", choices=["stop", "skip"], default="stop",
+        help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
+    add("--max_skipped_steps", type=COUNT, default=10, help="more of them end the run")
+    add("--max_train_minutes", type=POSITIVE, help="then stop with a checkpoint, counted from the command")
+
+    add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=POSITIVE, default=1e-4, help="of the UNet's adapters")
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="of the text encoders' adapters")
     add("--scale_lr", action=YES_NO, default=False, help="multiply both rates by the pictures in a step")
@@ -391,7 +423,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="in optimizer steps; the constant schedule has none")
     add("--lr_num_cycles", type=COUNT, default=1, help="of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, help="of polynomial")
-    add("--optimizer", type=str.lower, choices=list(OPTIMIZER_PACKAGES), default="adamw",
+    add("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adamw",
         help="what moves the adapters")
     add("--use_8bit_adam", action=YES_NO, default=False, help="the same as --optimizer adamw8bit")
     add("--loraplus_lr_ratio", type=POSITIVE, help="LoRA+: the rate of the B matrices over that of the A; 16 is usual")
@@ -408,11 +440,6 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3,
         help="of the text encoders'")
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm, which is logged")
-    add("--seed", type=SEED, help="default: drawn at random, and written to " + CONFIG_FILE)
-    add("--on_nan", choices=["stop", "skip"], default="stop",
-        help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
-    add("--max_skipped_steps", type=COUNT, default=10, help="more of them end the run")
-    add("--max_train_minutes", type=POSITIVE, help="then stop with a checkpoint, counted from the command")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: what the base model's scheduler says")
@@ -481,6 +508,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--card_data_samples", action=YES_NO, default=False,
         help="show small copies of your pictures in the model card; they are pushed with it")
     add("--hub_token", help="others on this machine can see a command line: prefer `hf auth login` or HF_TOKEN")
+    for action in parser._actions:
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
+            action.help += " (default: %(default)s)"
     return parser
 
 
@@ -523,6 +553,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, strangers = parser.parse_known_args(words + argv)
     if strangers:
         parser.unknown(strangers, "the command line")
+    if not args.pretrained_model_name_or_path:
+        raise UserError("--pretrained_model_name_or_path is missing: which SDXL is to learn?")
+    if args.use_8bit_adam and args.optimizer == "adamw":  # from here on a synonym has one name
+        args.optimizer = "adamw8bit"
+    if args.with_prior_preservation:
+        args.prior_preservation = args.prior_preservation or "pictures"
     quiet(args.log_level)
     check_args(args)
     return args
@@ -548,13 +584,16 @@ def check_args(args: argparse.Namespace) -> None:
     vae = Path(args.pretrained_vae_model_name_or_path or "")
     if vae.is_file():
         check_single_file("--pretrained_vae_model_name_or_path", vae, VAE_KEYS)
-    check_output(args)
+    find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+    for flag in ("output_dir", "cache_latents_dir") if is_first_rank() else ():  # others would remove what it makes
+        if getattr(args, flag):
+            check_writable(f"--{flag}", Path(getattr(args, flag)))
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
                         if args.dataset_name is None else "--instance_data_dir and --dataset_name exclude each other.")
     if args.instance_data_dir is not None:
         check_subject(args)
-    if prior_kind(args) == "pictures" and Path(args.class_data_dir).exists():
+    if args.prior_preservation == "pictures" and Path(args.class_data_dir).exists():
         check_pictures("--class_data_dir", list_pictures("--class_data_dir", args.class_data_dir))
 
 
@@ -574,17 +613,12 @@ def check_subject(args: argparse.Namespace) -> None:
                         f"{'has the name of a picture' if args.mask_dir else 'is transparent anywhere'}.")
 
 
-def prior_kind(args: argparse.Namespace) -> str | None:
-    """How the class is preserved, if it is."""
-    return args.prior_preservation or ("pictures" if args.with_prior_preservation else None)
-
-
 PRIOR_NEEDS = {"pictures": ("class_data_dir", "class_prompt"), "base_model": ("class_prompt",), "dco": (), None: ()}
 
 
 def check_prior_flags(args: argparse.Namespace) -> None:
     """Each kind of prior preservation needs its flags, and others mean nothing to it."""
-    kind = prior_kind(args)
+    kind = args.prior_preservation
     if args.with_prior_preservation and kind != "pictures":
         raise UserError(f"--with_prior_preservation means pictures, and --prior_preservation {kind} needs none; give "
                         "one of them.")
@@ -605,6 +639,9 @@ def check_objective_flags(args: argparse.Namespace) -> None:
     """Flags of the objective that contradict each other. Raises UserError."""
     if args.snr_gamma and args.loss_weighting:
         raise UserError("--snr_gamma and --loss_weighting both weight the timesteps; give one of them.")
+    if args.do_edm_style_training and (args.snr_gamma or args.loss_weighting):
+        other = "--snr_gamma" if args.snr_gamma else "--loss_weighting"
+        raise UserError(f"--do_edm_style_training and {other} both weight the timesteps; give one of them.")
     if args.steps_per_image and args.max_train_steps:
         raise UserError("--steps_per_image and --max_train_steps both say how long it trains; give one of them.")
     if args.min_timestep > args.max_timestep:
@@ -633,15 +670,10 @@ def check_adapter_flags(args: argparse.Namespace) -> None:
         raise UserError("--lora_unet_blocks: a rank must be at least 1.")
 
 
-def optimizer_name(args: argparse.Namespace) -> str:
-    """The optimizer, in the table's words."""
-    return "adamw8bit" if args.use_8bit_adam else args.optimizer
-
-
 def check_optimizer_flags(args: argparse.Namespace) -> None:
     """Flags of the optimizer that contradict each other. Raises UserError."""
-    name = optimizer_name(args)
-    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+    name = args.optimizer
+    if args.use_8bit_adam and args.optimizer != "adamw8bit":
         raise UserError(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other; leave one out.")
     if args.use_ema and name == "schedule_free":
         raise UserError("--use_ema and --optimizer schedule_free both average the adapters; leave one out.")
@@ -687,15 +719,16 @@ def check_text_flags(args: argparse.Namespace) -> None:
     if args.train_text_encoder and args.train_text_encoder_ti:
         raise UserError("--train_text_encoder and --train_text_encoder_ti exclude each other: it is LoRA on the "
                         "encoders, or new tokens.")
-    if trains_text(args) and share < 1 and optimizer_name(args) == "schedule_free":
+    if trains_text(args) and share < 1 and args.optimizer == "schedule_free":
         flag = f"--train_text_encoder{'_ti' * args.train_text_encoder_ti}_frac"
         raise UserError(f"{flag} {share:g} stops a part of the training, which --optimizer schedule_free cannot do; "
                         "leave one out.")
-    if args.train_text_encoder_ti and optimizer_name(args) == "prodigy" and args.token_lr not in (
+    if args.train_text_encoder_ti and args.optimizer == "prodigy" and args.token_lr not in (
             1e-3, args.learning_rate):
         raise UserError("--optimizer prodigy finds one rate for all, and --token_lr sets another; leave one out.")
-    if args.train_text_encoder and share < 1 and (prior_kind(args) in ("base_model", "dco") or args.monitor_steps):
-        flag = "--monitor_steps" if args.monitor_steps else f"--prior_preservation {prior_kind(args)}"
+    if args.train_text_encoder and share < 1 and (
+            args.prior_preservation in ("base_model", "dco") or args.monitor_steps):
+        flag = "--monitor_steps" if args.monitor_steps else f"--prior_preservation {args.prior_preservation}"
         raise UserError(f"{flag} compares with the base model, whose text encoders are gone after "
                         f"--train_text_encoder_frac {share:g} of the steps; leave one out.")
     if "" in new_tokens(args):
@@ -707,7 +740,15 @@ IDLE_WITHOUT = {  # flags that do nothing where the one of their row is not give
     "train_text_encoder_ti": ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction",
                               "initializer_concept", "token_lr"),
     "use_ema": ("ema_half_life",), "masked_loss": ("mask_dir", "background_loss_weight"),
-    "aspect_ratio_buckets": ("max_upscale",)}
+    "aspect_ratio_buckets": ("max_upscale",), "push_to_hub": ("hub_private_repo",)}
+IDLE_UNLESS = {  # the same, where the one of their row is not one of these
+    ("loss_type", ("huber", "smooth_l1")): ("huber_schedule", "huber_c"),
+    ("prior_preservation", ("dco",)): ("dco_beta",),
+    ("prior_preservation", ("pictures",)): ("num_class_images", "sample_batch_size", "prior_generation_precision"),
+    ("on_nan", ("skip",)): ("max_skipped_steps",),
+    ("optimizer", ("prodigy",)): ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
+                                  "prodigy_safeguard_warmup"),
+    ("lora_init", ("gaussian", "kaiming", "orthogonal")): ("adam_weight_decay", "adam_weight_decay_text_encoder")}
 
 
 def warn_of_idle_flags(args: argparse.Namespace) -> None:
@@ -717,16 +758,20 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
         for flag in flags if not getattr(args, wanted) else ():
             if getattr(args, flag) != parser.get_default(flag):
                 logger.warning("warning: --%s does nothing without --%s.", flag, wanted)
-    if prior_kind(args) == "dco" and args.prior_loss_weight != 1:
+    for (decides, values), flags in IDLE_UNLESS.items():
+        for flag in flags if getattr(args, decides) not in values else ():
+            if getattr(args, flag) != parser.get_default(flag):
+                logger.warning("warning: --%s does nothing unless --%s is %s.", flag, decides, " or ".join(values))
+    if args.prior_preservation == "dco" and args.prior_loss_weight != 1:
         logger.warning("warning: --prior_loss_weight does nothing with --prior_preservation dco; --dco_beta does.")
-    if args.scale_lr and optimizer_name(args) == "prodigy":
+    if args.scale_lr and args.optimizer == "prodigy":
         logger.warning("warning: --scale_lr does nothing with --optimizer prodigy, which finds the rate by itself.")
 
 
 def check_packages(args: argparse.Namespace) -> None:
     """Optional packages that were asked for must be there."""
     needed = {"--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}":
-              OPTIMIZER_PACKAGES[optimizer_name(args)]}
+              OPTIMIZERS[args.optimizer].module.partition(".")[0]}
     if args.base_precision == "nf4":
         needed["--base_precision nf4"] = "bitsandbytes"
     if args.dataset_name:
@@ -739,15 +784,12 @@ def check_packages(args: argparse.Namespace) -> None:
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise UserError("--enable_xformers_memory_efficient_attention needs xformers, which is not installed; leave "
                         "the flag out: PyTorch's own attention is already memory-efficient.")
-    if args.push_to_hub and not (args.hub_token or find_token()):
+    if args.push_to_hub:
+        from huggingface_hub import get_token  # a third of a second that only a push costs
+
+        if args.hub_token or get_token():
+            return
         raise UserError("--push_to_hub needs a token: run `hf auth login` or set HF_TOKEN.")
-
-
-def find_token() -> str | None:
-    """The token of `hf auth login` or the environment, if any."""
-    from huggingface_hub import get_token  # a third of a second that only a push costs
-
-    return get_token()
 
 
 def check_base_folder(name: str, allow_pickle: bool, needs_weights: bool) -> None:
@@ -776,14 +818,14 @@ def check_part(flag: str, folder: Path, allow_pickle: bool) -> None:
         told = "only pickles, which can run code: convert them, or insist with --allow_pickle" if pickles else "none"
         raise UserError(f"{flag}: there should be *.safetensors in {folder}, but there are {told}.")
     for path in whole:
-        if path.stat().st_size != safetensors_size(path):
+        if not safetensors_header(path):
             raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
 
 
 def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
     """A file as Civitai has them: safetensors, whole, with all that is needed. Raises UserError."""
     keys = safetensors_header(path)
-    if path.stat().st_size != safetensors_size(path):
+    if not keys:
         raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
     missing = [key for key in needed if not any(re.search(key, name) for name in keys)]
     if missing:
@@ -794,23 +836,16 @@ def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file by name, from the JSON after its length; empty without one."""
-    try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8)))
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, AttributeError):
-        return {}
-
-
-def safetensors_size(path: Path) -> int:
-    """The bytes that a safetensors file must have by its header; -1 without one."""
+    """The tensors of a whole safetensors file by name, from the JSON after its length; empty if it is cut off."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        return 8 + length + max(entry["data_offsets"][1] for entry in safetensors_header(path).values())
-    except (ValueError, KeyError, TypeError):
-        return -1
+            header = json.loads(file.read(min(length, 10**8)))
+        header.pop("__metadata__", None)
+        size = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        return header if size == path.stat().st_size else {}
+    except (ValueError, AttributeError, LookupError, TypeError):
+        return {}
 
 
 def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
@@ -818,15 +853,6 @@ def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
     kind = index.get("_class_name") if isinstance(index, dict) else "file without keys"
     if not str(kind).startswith("StableDiffusionXL") or "text_encoder_2" not in index:
         raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not SDXL, which this script trains.")
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """The checkpoint to resume from exists, and what is to be written can be."""
-    find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
-    if IS_FIRST_RANK:  # others would make and remove the same folder at the same moment
-        check_writable("--output_dir", Path(args.output_dir))
-        if args.cache_latents_dir:
-            check_writable("--cache_latents_dir", Path(args.cache_latents_dir))
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -856,7 +882,7 @@ def quiet(log_level: str) -> None:
     if not logger.handlers:
         logger.addHandler(Printer())
         logger.propagate = False
-    logger.setLevel(log_level.upper() if IS_FIRST_RANK else logging.ERROR)
+    logger.setLevel(log_level.upper() if is_first_rank() else logging.ERROR)
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "info" if talks else "error")
     os.environ.setdefault("WANDB_SILENT", "false" if talks else "true")
@@ -896,6 +922,7 @@ class Sample(NamedTuple):
     path: Path
     prompt: str
     is_class: bool
+    repeat: int = 0
 
 
 class View(NamedTuple):
@@ -929,6 +956,12 @@ def load_picture(path: str | Path) -> Image.Image:
     return picture.convert("RGB")
 
 
+@functools.lru_cache(maxsize=1)
+def masks_by_name(folder: str) -> dict[str, Path]:
+    """The masks of a folder by the names of their pictures. Raises UserError."""
+    return {path.stem: path for path in list_pictures("--mask_dir", folder)}
+
+
 def load_mask(path: Path, mask_dir: str | None) -> Image.Image | None:
     """Where the subject of a picture is, in grey: of the mask that has its name, or else its own alpha.
 
@@ -939,11 +972,11 @@ def load_mask(path: Path, mask_dir: str | None) -> Image.Image | None:
             picture = ImageOps.exif_transpose(image)
         has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         return picture.convert("RGBA").getchannel("A") if has_alpha else None
-    found = next((other for other in list_pictures("--mask_dir", mask_dir) if other.stem == path.stem), None)
+    found = masks_by_name(mask_dir).get(path.stem)
     if found is None:
         return None
     check_pictures("--mask_dir", [found])
-    mask, size = load_picture(found).convert("L"), load_picture(path).size
+    mask, size = load_picture(found).convert("L"), picture_size(path)
     if abs(mask.width * size[1] - mask.height * size[0]) > max(size) + max(mask.size):
         raise UserError(f"--mask_dir: {found.name} is {mask.width}x{mask.height}, which is another shape than its "
                         f"picture's {size[0]}x{size[1]}.")
@@ -1004,7 +1037,7 @@ def fetch_dataset(args: argparse.Namespace) -> None:
     if folder.is_dir():
         return
     try:
-        with written_beside(folder) as unfinished:
+        with written_beside(folder, f".{os.getpid()}") as unfinished:
             unfinished.mkdir()
             for number_, (data, caption) in enumerate(dataset_rows(args)):
                 name = f"{number_:06d}.{Image.open(io.BytesIO(data)).format.lower()}"
@@ -1018,10 +1051,12 @@ def fetch_dataset(args: argparse.Namespace) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises UserError naming the encoding and the cure."""
-    data = path.read_bytes()
+    """A text file in UTF-8, with or without a byte order mark. Raises UserError naming the fault and the cure."""
     try:
+        data = path.read_bytes()
         return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); is it a text file of yours?") from error
     except UnicodeDecodeError:
         encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"
         raise UserError(f"{path} is not in UTF-8 but looks like {encoding}: iconv -f {encoding} -t UTF-8 converts "
@@ -1030,14 +1065,18 @@ def read_text(path: Path) -> str:
 
 def read_metadata(path: Path) -> dict[Path, str]:
     """The captions of metadata.jsonl or metadata.csv (file_name, text). Raises UserError with all its faults."""
-    captions, faults, lines = {}, [], read_text(path).splitlines()
-    rows = enumerate(csv.DictReader(lines) if path.suffix == ".csv" else lines, 2 if path.suffix == ".csv" else 1)
-    for number_, row in rows:
+    captions, faults, lines = {}, [], re.split("\r?\n", read_text(path))  # splitlines() splits within JSON's strings
+    is_table = path.suffix == ".csv"
+    try:
+        rows = list(csv.DictReader(lines)) if is_table else lines
+    except csv.Error as error:
+        raise UserError(f"{path} is no table of file_name and text ({error}); mend it.") from None
+    for number_, row in enumerate(rows, 1 + is_table):
         try:
-            entry = row if isinstance(row, dict) else json.loads(row or "null")
+            entry = row if isinstance(row, dict) else json.loads(row.strip() or "null")
             if entry is None:  # an empty line
                 continue
-            picture, text = path.parent / entry["file_name"], entry["text"]
+            picture, text = Path(os.path.normpath(path.parent / entry["file_name"])), entry["text"]
             faulty = {
                 "has no text": not isinstance(text, str),
                 "is outside of the folder": not picture.resolve().is_relative_to(path.parent.resolve()),
@@ -1046,7 +1085,7 @@ def read_metadata(path: Path) -> dict[Path, str]:
             }
             faults += [f"line {number_}: {picture.name} {fault}" for fault, is_so in faulty.items() if is_so][:1]
             captions[picture] = text
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             faults.append(f"line {number_}: no file_name and text ({type(error).__name__})")
     if faults:
         raise UserError(f"{path}: {'; '.join(faults[:9])}{' and more' if len(faults) > 9 else ''}.")
@@ -1065,8 +1104,9 @@ def read_captions(folder: Path, pictures: Sequence[Path]) -> dict[Path, str]:
 def passed_over(folder: Path, recursive: bool) -> list[str]:
     """Files beside the pictures that are neither pictures nor captions, such as .heic; hidden ones are not counted."""
     known = {*PICTURE_SUFFIXES, ".txt", ".jsonl", ".csv"}
-    files = (path for path in folder.glob("**/*" if recursive else "*") if path.is_file())
-    return sorted(path.name for path in files if not path.name.startswith(".") and path.suffix.lower() not in known)
+    files = (path for path in folder.glob("**/*" if recursive else "*") if path.suffix.lower() not in known)
+    return sorted(path.name for path in files if path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def fingerprint(path: Path) -> tuple[int, float]:
@@ -1116,7 +1156,8 @@ def instance_samples(args: argparse.Namespace) -> list[Sample]:
         if not any(re.search(rf"\b{re.escape(word)}\b", text) for text in prompts):
             raise UserError(f"--token_abstraction {word} is in no prompt or caption of the subject: write it in the "
                             'place of the rare word, as in "a photo of TOK dog".')
-    return [Sample(path, text, is_class=False) for path, text in zip(pictures, prompts, strict=True)] * args.repeats
+    return [Sample(path, text, is_class=False, repeat=repeat) for repeat in range(args.repeats)
+            for path, text in zip(pictures, prompts, strict=True)]
 
 
 def prompts_to_draw(args: argparse.Namespace) -> list[str]:
@@ -1135,7 +1176,7 @@ def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[S
     pictures = {
         "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir),
         "base_model": lambda: [sample.path for sample in subject],
-    }.get(prior_kind(args), list)
+    }.get(args.prior_preservation, list)
     return [Sample(path, args.class_prompt, is_class=True) for path in pictures()]
 
 
@@ -1203,12 +1244,20 @@ def shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def endless(count: int, seed: int, position: int) -> int:
-    """The number at a position of the endless row of shuffled epochs, in which all are equally frequent."""
-    return shuffled(count, seed, position // count)[position % count]
+class Seat(NamedTuple):
+    """A row of a micro-batch: a sample by number, and how often it was looked at before."""
+
+    sample: int
+    looks: int
 
 
-def plan_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def seat(samples: Sequence[int], seed: int, position: int) -> Seat:
+    """The row at a position of the endless row of shuffled epochs, in which all samples are equally frequent."""
+    epoch, place = divmod(position, len(samples))
+    return Seat(samples[shuffled(len(samples), seed, epoch)[place]], epoch)
+
+
+def plan_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[Seat]]:
     """The micro-batches that begin in an epoch: full, from one bucket each, in shuffled order.
 
     A batch that an epoch's end would cut short takes its last rows from the next epoch, so that every batch is full
@@ -1220,7 +1269,7 @@ def plan_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epo
         first, last = (e * len(bucket) // batch_size for e in (epoch, epoch + 1))
         for batch in range(first, last):
             positions = range(batch * batch_size, (batch + 1) * batch_size)
-            batches.append([bucket[endless(len(bucket), bucket_seed, p)] for p in positions])
+            batches.append([seat(bucket, bucket_seed, position) for position in positions])
     return [batches[i] for i in shuffled(len(batches), position_seed(seed, "batches"), epoch)]
 
 
@@ -1237,14 +1286,14 @@ class Order:
         """How many micro-batches begin before an epoch."""
         return sum(epoch * len(bucket) // self.batch_size for bucket in self.buckets)
 
-    def rows(self, n: int) -> list[int]:
+    def rows(self, n: int) -> list[Seat]:
         """The rows of micro-batch n, a function of n alone."""
         epochs = range((n + 2) * self.batch_size)  # no epoch is shorter than one row
         epoch = bisect.bisect_right(epochs, n, key=self.batches_before) - 1
         rows = self.plan(epoch)[n - self.batches_before(epoch)]
         class_positions = range(n * self.batch_size, (n + 1) * self.batch_size) if self.class_rows else ()
         class_seed = position_seed(self.seed, "class")
-        return rows + [self.class_rows[endless(len(self.class_rows), class_seed, p)] for p in class_positions]
+        return rows + [seat(self.class_rows, class_seed, position) for position in class_positions]
 
 
 def find_checkpoint(name: str | None, output: Path) -> Path | None:
@@ -1271,6 +1320,7 @@ if __name__ == "__main__":  # a mistake answers in half a second, not after the 
     hide_token()
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), leave)  # the imports below take seconds
+    heed_the_launcher()
     with one_sentence():
         ARGS = parse_args()
 
@@ -1293,7 +1343,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -1406,11 +1456,15 @@ def find_sources(args: argparse.Namespace, store: Store) -> tuple[Source, Source
     """Where the base model and the VAE come from; single files are unpacked into the cache. Raises UserError."""
     base, other = Path(args.pretrained_model_name_or_path), args.pretrained_vae_model_name_or_path
     name = args.pretrained_model_name_or_path
-    if base.is_file():
+    if base.is_file() and (args.estimate_memory or args.dry_run):
+        name = args.single_file_config or SDXL_CONFIG
+    elif base.is_file():
         name = str(unpack(base, store.folder, args.single_file_config, args.cache_dir))
     version = (None, None) if base.is_file() else (args.revision, args.variant)
     source = Source(name, *version, args.cache_dir, allow_pickle=args.allow_pickle)
     if not other:
+        return source, source
+    if Path(other).is_file() and (args.estimate_memory or args.dry_run):
         return source, source
     if Path(other).is_file():
         other = str(unpack(Path(other), store.folder, args.single_file_config or name, args.cache_dir))
@@ -1456,16 +1510,26 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
         scheduler_class = getattr(diffusers, index["scheduler"][1])
         scheduler = scheduler_class.from_pretrained(source.name, **source.keywords("scheduler"))
         vae_config = AutoencoderKL.load_config(vae.name, **vae.keywords("vae"))
-    except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, HfHubHTTPError) as error:
         raise UserError(f"--pretrained_model_name_or_path {source.name} or its VAE cannot be loaded; is it mistyped, "
                         f"private, or not in the cache while offline? ({first_line(error)})") from error
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     return scheduler, bool(index.get("force_zeros_for_empty_prompt", True)), factor
 
 
+def check_clip_skip(source: Source, clip_skip: int) -> None:
+    """The text encoders have the layers that are left out, and one to read. Raises UserError."""
+    for part in TEXT_ENCODERS if clip_skip else ():
+        layers = CLIPTextConfig.from_pretrained(source.name, **source.keywords(part)).num_hidden_layers
+        if clip_skip > layers - 2:
+            raise UserError(f"--clip_skip {clip_skip} is too much for the {part} of {source.name}, which has {layers} "
+                            f"layers; {layers - 2} is the most.")
+
+
 def with_prediction(scheduler: Any, prediction_type: str | None, zero_snr: bool) -> Any:
     """The scheduler with another prediction type or zero terminal SNR (arXiv:2305.08891). Raises UserError."""
-    kind, name = prediction_type or scheduler.config.prediction_type, type(scheduler).__name__
+    name = type(scheduler).__name__
+    kind = prediction_type or scheduler.config.get("prediction_type", f"what {name} knows")
     if prediction_type and "sigma_data" in scheduler.config:
         raise UserError(f"--prediction_type {prediction_type} cannot be had of an EDM model ({name}); leave it out.")
     if zero_snr and "rescale_betas_zero_snr" not in scheduler.config:
@@ -1598,7 +1662,8 @@ class TrainableSDXL(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.embed = functools.partial(encode_ids, self.text_encoders, clip_skip=clip_skip) if text_encoders \
             else lambda text: text
-        self.trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        # everything that is trained, always float32
+        self.adapters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
         lean = [lean_forward(layer, self.dtype, compiled) for layer in self.layers]
         self.forwards = {layer: forward for layer, (forward, _) in zip(self.layers, lean, strict=True)}
@@ -1628,29 +1693,26 @@ class TrainableSDXL(nn.Module):
         return {f"{component}.{name}": layer.scaling["default"] for component, part in self.adapted().items()
                 for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
 
-    def components(self) -> dict[str, nn.Module]:
-        """Its parts by the names that diffusers gives them."""
-        return {"unet": self.unet, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
-
     def adapted(self) -> dict[str, nn.Module]:
-        """Those of its parts that have LoRA adapters."""
-        return {name: part for name, part in self.components().items() if hasattr(part, "peft_config")}
+        """Its parts that have LoRA adapters, by the names that diffusers gives them."""
+        parts = {"unet": self.unet, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
+        return {name: part for name, part in parts.items() if hasattr(part, "peft_config")}
 
     def settle_text(self, table: TextTable) -> None:
         """Train the text encoders no further: keep their embeddings of all prompts, and move them off the device."""
         self.text_encoders.eval()
-        with torch.no_grad():
-            rows = [self.embed(table.at([i])) for i in range(len(table.prompts))]
-        table.rows = torch.cat([embeds for embeds, _ in rows]), torch.cat([pooled for _, pooled in rows])
+        device, rows, home = self.unet.device, [], None
+        for prompt in table.numbers:
+            with torch.no_grad():
+                row = self.embed(table.of(prompt))
+            home = home or (device if len(table.numbers) * row[0].nbytes <= RESIDENT_BYTES else torch.device("cpu"))
+            rows.append(tuple(part[0].to(home) for part in row))
+        table.row = lambda number_: tuple(part.to(device) for part in rows[number_])
         self.embed = lambda text: text
         for encoder in self.text_encoders:
             move_frozen(encoder, torch.device("cpu"))
-        for name, parameter in self.trained.items():
+        for name, parameter in self.adapters.items():
             parameter.requires_grad_(name.startswith("unet."))
-
-    def adapters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by name; always float32."""
-        return self.trained
 
     def forward(self, model_input: Tensor, timesteps: Tensor, text: Text, add_time_ids: Tensor) -> Tensor:
         """Predict the target for noisy latents (B, 4, h, w), computed in the base's dtype."""
@@ -1715,8 +1777,9 @@ class PackedLinear(nn.Module):
             scale = None
         else:
             largest, storage = (448, torch.float8_e4m3fn) if precision == "fp8" else (127, torch.int8)
-            scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / largest
-            codes = ((weight / scale).round() if precision == "int8" else weight / scale).to(storage)
+            exact = weight.float()  # in bfloat16 a quotient of 127 rounds up to 128, which int8 takes for -128
+            scale = exact.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / largest
+            codes = ((exact / scale).round() if precision == "int8" else exact / scale).to(storage)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
@@ -1783,14 +1846,18 @@ def adapter_config(args: argparse.Namespace, targets: str, rules: Sequence[Block
         alpha = alpha / math.sqrt(2)  # the scale of the rank that was asked for
     return peft.LoraConfig(
         r=args.rank * fold, lora_alpha=alpha * fold, target_modules=targets, lora_dropout=args.lora_dropout,
-        rank_pattern=own, alpha_pattern={block: alpha * rank / args.rank for block, rank in own.items()},
+        rank_pattern=own, alpha_pattern={
+            block: alpha * fold * (rank / fold / args.rank) ** (0.5 if args.use_rslora else 1)
+            for block, rank in own.items()},  # the scale of all others
         init_lora_weights={"kaiming": True, "orthogonal": "orthogonal"}.get(args.lora_init, "gaussian"),
         use_rslora=args.use_rslora, use_dora=dora)
 
 
-def add_adapters(args: argparse.Namespace, part: nn.Module, targets: str, rules: Sequence[BlockRule] = (),
-                 dora: bool = False) -> None:
-    """Put float32 LoRA adapters on a frozen part's modules. Raises UserError if there is no such module."""
+def add_adapters(args: argparse.Namespace, part: nn.Module) -> None:
+    """Put float32 LoRA adapters on a frozen UNet or text encoder. Raises UserError if there is no such module."""
+    is_unet = isinstance(part, UNet2DConditionModel)
+    targets = unet_targets(args) if is_unet else text_encoder_targets(part, args.clip_skip)
+    rules, dora = (rules_of(args), args.use_dora) if is_unet else ((), False)
     if args.lora_init in (*TWINS, "orthogonal"):
         odd = [name for name, module in part.named_modules()
                if re.fullmatch(targets, name) and not isinstance(module, nn.Linear)]
@@ -1798,7 +1865,7 @@ def add_adapters(args: argparse.Namespace, part: nn.Module, targets: str, rules:
             raise UserError(f"--lora_init {args.lora_init} is for linear layers, and --lora_layers names {odd[0]}, "
                             "which is none; use another of one.")
     try:
-        part.add_adapter(adapter_config(args, targets, rules, dora))
+        peft.inject_adapter_in_model(adapter_config(args, targets, rules, dora), part)
     except ValueError as error:
         raise UserError(f"--lora_layers or --lora_unet_blocks name nothing that the {type(part).__name__} has "
                         f"({first_line(error)[:80]}).") from error
@@ -1844,7 +1911,7 @@ def load_unet(run: Run, dtype: torch.dtype, adapted: bool = False) -> UNet2DCond
     unet = load_part(run.base, "unet", dtype, torch.device("cpu") if packed else run.device)
     if adapted:
         # before packing: peft knows plain linear layers
-        add_adapters(run.args, unet, unet_targets(run.args), rules_of(run.args), run.args.use_dora)
+        add_adapters(run.args, unet)
     if packed:
         pack_unet(unet, run.args.base_precision, run.device)
     return unet.to(run.device)
@@ -1869,12 +1936,12 @@ def load_trainable(run: Run) -> TrainableSDXL:
         if args.train_text_encoder_ti:
             add_tokens(run, encoder, load_part(run.base, tokenizer))
         else:
-            add_adapters(args, encoder, text_encoder_targets(encoder, args.clip_skip))
+            add_adapters(args, encoder)
     recompute(args, unet, encoders)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     model = TrainableSDXL(unet, encoders, compile_unet(run, unet), args.clip_skip)
-    for adapter in model.adapters().values() if run.accelerator.num_processes > 1 else ():
+    for adapter in model.adapters.values() if run.accelerator.num_processes > 1 else ():
         adapter.data.copy_(broadcast(adapter.data))  # cards of two kinds may decompose a weight differently
     return model
 
@@ -1890,15 +1957,16 @@ def written_beside(path: Path, writer: str = "", size: int = 0) -> Iterator[Path
     Where several processes may write the same file, each needs a name as writer. Raises TrainingError, which tells
     how many bytes are to be written if size is given, where the disk is full.
     """
-    unfinished = path.with_name(f".{path.name}{writer}.tmp")
+    unfinished, outdated = path.with_name(f".{path.name}{writer}.tmp"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(unfinished)  # of a run that was killed
         yield unfinished
         to_disk(unfinished)
         if path.is_dir():  # a folder cannot be replaced, as a file can
-            remove(path)
+            path.replace(outdated := path.with_name(f".{path.name}{writer}.outdated.tmp"))
         unfinished.replace(path)
+        remove(outdated or unfinished)
         to_disk(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
         remove(unfinished)
@@ -1939,17 +2007,25 @@ def check_space(folder: Path, needed: float, what: str) -> None:
                        megabytes(free_bytes(folder)))
 
 
+def sweep(folder: Path, before: float) -> None:
+    """Remove what killed runs left unfinished before a time, in seconds since the epoch."""
+    for unfinished in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if unfinished.stat().st_mtime < before:
+                remove(unfinished)
+
+
 @contextmanager
-def alone_in(output: Path) -> Iterator[None]:
+def alone_in(output: Path, cache: Path) -> Iterator[None]:
     """Hold the output folder; a second run is refused, and the lock dies with its owner. Raises UserError."""
-    if not IS_FIRST_RANK:
+    if not is_first_rank():
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
-            for unfinished in output.glob(".*.tmp"):  # of a run that was killed
-                remove(unfinished)
+            sweep(output, before=math.inf)
+            sweep(cache, before=time.time() - 86400)  # others may be writing there
             yield
     except Timeout:
         raise UserError(f"--output_dir {output} is in use by another run; wait for it, or choose another.") from None
@@ -1983,6 +2059,10 @@ class Store:
     def path(self, key: str) -> Path:
         """The file of a key."""
         return self.folder / f"{key}.safetensors"
+
+    def size(self, key: str) -> int:
+        """The bytes of a key's file."""
+        return self.path(key).stat().st_size
 
     def has(self, key: str) -> bool:
         """Whether there is a whole file of a key; reads its header only, which says how long it must be."""
@@ -2041,20 +2121,27 @@ def local_share(count: int, accelerator: Accelerator) -> range:
 
 
 def tokenize_prompts(source: Source, prompts: Sequence[str], tokens: Sequence[str] = ()) -> Text:
-    """Both tokenizers' ids of all prompts, each (P, L); warns with the words that are cut off a long prompt."""
+    """Both tokenizers' ids of all prompts, each (P, L)."""
     ids = []
     for part in TOKENIZERS:
         tokenizer = load_part(source, part)
         tokenizer.add_tokens(list(tokens))
         limit = tokenizer.model_max_length
-        for prompt in prompts if part == "tokenizer" else ():
-            lost = tokenizer(prompt).input_ids[limit - 1:-1]
-            if lost:
-                logger.warning('warning: a prompt has more than %d tokens; this end of it is cut off: "%s"', limit,
-                               tokenizer.decode(lost))
         padded = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         ids.append(padded.input_ids)
     return ids[0], ids[1]
+
+
+def warn_of_long_prompts(run: Run, prompts: Iterable[str]) -> None:
+    """Tell which words are cut off long prompts."""
+    tokenizer = load_part(run.base, "tokenizer")
+    tokenizer.add_tokens(sum(new_tokens(run.args).values(), []))
+    limit = tokenizer.model_max_length
+    for prompt in dict.fromkeys(prompts):
+        lost = tokenizer(with_tokens(run.args, prompt)).input_ids[limit - 1:-1]
+        if lost:
+            logger.warning('warning: a prompt has more than %d tokens; this end of it is cut off: "%s"', limit,
+                           tokenizer.decode(lost))
 
 
 @torch.no_grad()
@@ -2071,29 +2158,41 @@ def encode_prompts(source: Source, ids: Text, dtype: torch.dtype, device: torch.
     return torch.cat(hidden), torch.cat([pooled for _, pooled in second])
 
 
+def pick(tensor: Tensor, numbers: Iterable[int]) -> Tensor:
+    """Rows by number; a list as an index would be copied to the device, and waited for."""
+    return torch.stack([tensor[number] for number in numbers])
+
+
+def resident(read: Callable[[int], Any], count: int, size: float) -> Callable[[int], Any]:
+    """A function from numbers to what is read of them: a small set stays on the device, a large one on the disk."""
+    return read if count * size > RESIDENT_BYTES else [read(number_) for number_ in range(count)].__getitem__
+
+
 @dataclass
 class TextTable:
-    """All prompts of a run with their rows of text, on the device; ids become embeddings when encoders are settled."""
+    """All prompts of a run with their rows of text; ids become embeddings when the encoders are settled."""
 
-    prompts: tuple[str, ...]
-    rows: Text
+    numbers: dict[str, int]  # of the prompts
+    row: Callable[[int], Text]  # by number, on the device
 
-    def at(self, numbers: Sequence[int]) -> Text:
-        """Rows by number."""
-        return self.rows[0][numbers], self.rows[1][numbers]
+    def at(self, numbers: Iterable[int]) -> Text:
+        """A batch of rows by number."""
+        first, second = zip(*map(self.row, numbers), strict=True)
+        return torch.stack(first), torch.stack(second)
 
     def of(self, prompt: str) -> Text:
         """One prompt as a batch of one row."""
-        return self.at([self.prompts.index(prompt)])
+        return self.at([self.numbers[prompt]])
 
 
-def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: torch.dtype) -> TextTable:
+def build_text(run: Run, prompts: Iterable[str], trained: bool, dtype: torch.dtype) -> TextTable:
     """Tokenize the prompts, and the empty one, and encode what the store lacks unless the encoders are trained."""
-    distinct = tuple(dict.fromkeys([*filter(None, prompts), ""]))
+    distinct = list(dict.fromkeys([*prompts, ""]))
+    numbers = {prompt: i for i, prompt in enumerate(distinct)}
     ids = tokenize_prompts(run.base, [with_tokens(run.args, prompt) for prompt in distinct],
                            sum(new_tokens(run.args).values(), []))
     if trained:
-        return TextTable(distinct, (ids[0].to(run.device), ids[1].to(run.device)))
+        return TextTable(numbers, list(zip(*(rows.to(run.device) for rows in ids), strict=True)).__getitem__)
     made_by = [identity(run.base, part) for part in TEXT_ENCODERS]
     skipped = [run.args.clip_skip] * bool(run.args.clip_skip)
     keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair), *skipped)
@@ -2105,9 +2204,12 @@ def build_text(run: Run, prompts: Iterable[str | None], trained: bool, dtype: to
         for i, row, pooled_row in zip(missing, embeds, pooled, strict=True):
             run.store.put(keys[i], embeds=row, pooled=pooled_row)
     run.accelerator.wait_for_everyone()
-    rows = [run.store.get(key, run.device) for key in keys]
-    return TextTable(distinct, (torch.stack([row["embeds"] for row in rows]),
-                                torch.stack([row["pooled"] for row in rows])))
+
+    def read(number_: int) -> Text:
+        row = run.store.get(keys[number_], run.device)
+        return row["embeds"], row["pooled"]
+
+    return TextTable(numbers, resident(read, len(keys), run.store.size(keys[0])))
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -2120,43 +2222,23 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(unfinished, format="PNG")
 
 
-@dataclass(frozen=True)
-class Studio:
-    """Draws the latents of pictures of one prompt, as StableDiffusionXLPipeline does for a user."""
-
-    unet: nn.Module
-    scheduler: Any
-    embeds: Text  # of the prompt, one row
-    negative: Text
-    resolution: int
-    factor: int  # pixels to a latent
-    steps: int = INFERENCE_STEPS
-    guidance: float = GUIDANCE_SCALE
-
-    @torch.no_grad()
-    def draw(self, seeds: Sequence[int]) -> Tensor:
-        """The latents of one picture a seed, all at once: (B, 4, h, w)."""
-        pipeline = StableDiffusionXLPipeline(
-            vae=None, unet=self.unet, scheduler=self.scheduler, text_encoder=None, text_encoder_2=None,
-            tokenizer=None, tokenizer_2=None, add_watermarker=False)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.vae_scale_factor = self.factor
-        prompt_embeds, pooled = (rows.repeat_interleave(len(seeds), 0) for rows in self.embeds)
-        negative_embeds, negative_pooled = (rows.repeat_interleave(len(seeds), 0) for rows in self.negative)
-        return pipeline(
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative_embeds,
-            negative_pooled_prompt_embeds=negative_pooled, height=self.resolution, width=self.resolution,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent",
-            num_inference_steps=self.steps, guidance_scale=self.guidance).images
-
-
-def open_studio(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, negative_prompt: str = "") -> Studio:
-    """A studio for a prompt, with what the base model takes for no negative prompt unless there is one."""
+@torch.no_grad()
+def draw(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, seeds: Sequence[int], resolution: int,
+         negative_prompt: str = "", steps: int = INFERENCE_STEPS, guidance: float = GUIDANCE_SCALE) -> Tensor:
+    """Latents (B, 4, h, w) of a picture of the prompt a seed, as StableDiffusionXLPipeline draws them for a user."""
     embeds = model.embed(table.of(prompt))
-    zeros = torch.zeros_like(embeds[0]), torch.zeros_like(embeds[1])
     is_zero = run.zeros_for_empty_prompt and not negative_prompt
-    negative = zeros if is_zero else model.embed(table.of(negative_prompt))
-    return Studio(model.unet, run.scheduler, embeds, negative, run.args.resolution, run.vae_factor)
+    negative = tuple(map(torch.zeros_like, embeds)) if is_zero else model.embed(table.of(negative_prompt))
+    names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    text = {name: row.repeat_interleave(len(seeds), 0) for name, row in zip(names, (*embeds, *negative), strict=True)}
+    pipeline = StableDiffusionXLPipeline(
+        vae=None, unet=model.unet, scheduler=run.scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
+        tokenizer_2=None, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae_scale_factor = run.vae_factor
+    return pipeline(
+        **text, height=resolution, width=resolution, num_inference_steps=steps, guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent").images
 
 
 def move_frozen(unet: nn.Module, device: torch.device) -> None:
@@ -2206,7 +2288,7 @@ def class_dtype(run: Run) -> torch.dtype:
 def make_class_images(run: Run) -> None:
     """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
     args, accelerator = run.args, run.accelerator
-    if prior_kind(args) != "pictures":
+    if args.prior_preservation != "pictures":
         return
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2217,11 +2299,12 @@ def make_class_images(run: Run) -> None:
         dtype = class_dtype(run)
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
         unet, vae = load_unet(run, dtype), load_part(run.vae, "vae", dtype)
-        studio = open_studio(run, TrainableSDXL(unet), table, args.class_prompt)
+        model = TrainableSDXL(unet)
         bar = progress_bar(len(share), "Class pictures")
         for first in range(0, len(share), args.sample_batch_size):
             part = share[first:first + args.sample_batch_size]
-            latents = studio.draw([position_seed(run.seed, "class picture", index) for index, _ in part])
+            seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
+            latents = draw(run, model, table, args.class_prompt, seeds, args.resolution)
             images = decode_latents(run, unet, vae, [latents])
             for image, (_, path) in zip(images, part, strict=True):
                 save_picture(image, path)
@@ -2247,57 +2330,53 @@ class Batch(NamedTuple):
     mask: Tensor | float = 1.0  # (B, 1, h, w): what a place in the picture counts, 1 on average
 
 
-class Moments(NamedTuple):
-    """What is cached of views."""
-
-    mean: Tensor  # (B, 4, h, w), scaled
-    std: Tensor
-    mask: Tensor | float  # (B, 1, h, w), as in Batch
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """What is cached of one bucket."""
-
-    moments: Callable[[list[int]], Moments]  # of views by number
-    add_time_ids: Tensor  # (V, 6)
-    views: dict[int, list[int]]  # of each sample that is seen in this bucket
+Place = tuple[int, Bucket]
+"""A sample by number, and a bucket in which it is seen."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The moments of all views, and which bucket, prompt and weight belong to which sample."""
+    """All views, and which bucket, prompt and weight belong to which sample."""
 
-    shelves: list[Shelf]
-    buckets: list[int]  # of each sample of the subject: its shelf
+    view: Callable[[int], Tensor]  # by number: (9, h, w), which are mean, std (4 each, scaled) and mask
+    add_time_ids: Tensor  # (views, 6)
+    views: dict[Place, list[int]]  # their numbers
+    buckets: list[Bucket]  # of each sample of the subject
     weight: Tensor  # (samples,)
     prompts: list[int]  # of each sample: its row in the text table
     names: list[str]  # of each sample
     digest: str  # of all that is trained on: pixels, prompts, weights
     caption_dropout: float
 
+    def moments(self, views: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, std and mask of views of one shape, as Batch has them."""
+        rows = torch.stack([self.view(number) for number in views])
+        mean, std = rows[:, :-1].chunk(2, dim=1)
+        return mean, std, rows[:, -1:]
+
     def batch(self, table: TextTable, order: Order, n: int) -> Batch:
         """Gather micro-batch n; which view of a picture and which prompt it sees is a function of n, too.
 
         Rows of the class take the bucket of the subject's rows that they stand beside.
         """
-        rows = order.rows(n)
-        shelf = self.shelves[self.buckets[rows[0]]]
-        seen = [shelf.views[row][position_seed(order.seed, "view", n, i) % len(shelf.views[row])]
-                for i, row in enumerate(rows)]
+        seats = order.rows(n)
+        rows, choices = [row for row, _ in seats], [self.views[row, self.buckets[seats[0].sample]] for row, _ in seats]
+        # all views in turn before any comes again
+        seen = [views[seat(range(len(views)), position_seed(order.seed, "view", row), looks).sample]
+                for (row, looks), views in zip(seats, choices, strict=True)]
         dropped = [i < order.batch_size and random.Random(position_seed(order.seed, "caption", n, i)).random()
                    < self.caption_dropout for i in range(len(rows))]
-        empty = table.prompts.index("")
+        empty = table.numbers[""]
         text = table.at([empty if drop else self.prompts[row] for row, drop in zip(rows, dropped, strict=True)])
-        names, moments = tuple(self.names[row] for row in rows), shelf.moments(seen)
-        return Batch(moments.mean, moments.std, text, shelf.add_time_ids[seen], self.weight[rows], order.batch_size,
-                     names, moments.mask)
+        mean, std, mask = self.moments(seen)
+        return Batch(mean, std, text, pick(self.add_time_ids, seen), pick(self.weight, rows), order.batch_size,
+                     tuple(self.names[row] for row in rows), mask)
 
 
-def cut_view(picture: Image.Image, view: View, bucket: Bucket) -> np.ndarray:
-    """Mirror and cut a resized picture: (height, width, 3) bytes."""
+def cut_view(picture: Image.Image, view: View, bucket: Bucket) -> Image.Image:
+    """Mirror and cut a resized picture."""
     picture = ImageOps.mirror(picture) if view.flip else picture
-    return np.array(picture.crop((view.left, view.top, view.left + bucket[0], view.top + bucket[1])))
+    return picture.crop((view.left, view.top, view.left + bucket[0], view.top + bucket[1]))
 
 
 def to_pixels(cut: np.ndarray) -> Tensor:
@@ -2312,60 +2391,48 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     pixels: (3, H, W) in [-1, 1], H and W multiples of 8. Returns mean and std, each (4, h, w), scaled, float32.
     Raises TrainingError naming the picture if the VAE's answer is not finite even in float32.
     """
-    for dtype in dict.fromkeys((vae.dtype, torch.float32)):
+    usual = vae.dtype
+    for dtype in dict.fromkeys((usual, torch.float32)):
         posterior = vae.to(dtype=dtype).encode(pixels[None].to(vae.device, dtype)).latent_dist
         mean, std = posterior.mean[0].float(), posterior.std[0].float()
         if mean.isfinite().all() and std.isfinite().all():
             break
     else:
         raise TrainingError(f"the VAE has no finite answer for {name}: look at the picture, or use another VAE.")
+    vae.to(dtype=usual)
     shift = torch.tensor(getattr(vae.config, "latents_mean", None) or 0.0, device=mean.device).view(-1, 1, 1)
     spread = torch.tensor(getattr(vae.config, "latents_std", None) or 1.0, device=mean.device).view(-1, 1, 1)
     factor = vae.config.scaling_factor / spread
     return (mean - shift) * factor, std * factor
 
 
-class Cut(NamedTuple):
-    """A view as it is cut out of its picture."""
+def views_of(run: Run, sample: Sample,
+             bucket: Bucket) -> tuple[tuple[int, int], dict[View, tuple[np.ndarray, np.ndarray]]]:
+    """A sample's original width and height, and its distinct views for a bucket: pixels (height, width, 3), and a
+    mask of a byte a latent, which is white unless --masked_loss is on.
 
-    pixels: np.ndarray  # (height, width, 3) bytes
-    mask: np.ndarray | None  # (height, width) bytes, a byte a latent
-
-
-def views_of(run: Run, number_: int, sample: Sample, bucket: Bucket) -> tuple[tuple[int, int], dict[View, Cut]]:
-    """A sample's original width and height, and its distinct views for a bucket."""
-    args = run.args
-    picture = load_picture(sample.path)
+    Views follow from the picture alone, not from the run's seed, so that another run finds them encoded.
+    """
+    args, picture = run.args, load_picture(sample.path)
     small = picture.resize(resized(picture.size, bucket), Image.Resampling[args.image_interpolation_mode.upper()])
-    seeds = [position_seed(run.seed, "views", number_, variant) for variant in range(args.cache_variants)]
+    own = load_mask(sample.path, args.mask_dir) if args.masked_loss and not sample.is_class else None
+    mask = own.resize(small.size, Image.Resampling.BILINEAR) if own else Image.new("L", small.size, 255)
+    picture_key = content_key(picture.size, picture.tobytes())
+    seeds = [position_seed(picture_key, sample.repeat, variant) for variant in range(args.cache_variants)]
     views = [choose_view(small.size, bucket, args.center_crop, args.random_flip, random.Random(seed))
              for seed in seeds]
-    mask = None
-    if args.masked_loss:
-        own = None if sample.is_class else load_mask(sample.path, args.mask_dir)
-        mask = (own or Image.new("L", picture.size, 255)).resize(small.size, Image.Resampling.BILINEAR)
-    return picture.size, {view: Cut(cut_view(small, view, bucket), cut_mask(mask, view, bucket, run.vae_factor))
+    latent = bucket[0] // run.vae_factor, bucket[1] // run.vae_factor
+    return picture.size, {view: (np.array(cut_view(small, view, bucket)),
+                                 np.array(cut_view(mask, view, bucket).resize(latent, Image.Resampling.BOX)))
                           for view in dict.fromkeys(views)}
-
-
-def cut_mask(mask: Image.Image | None, view: View, bucket: Bucket, factor: int) -> np.ndarray | None:
-    """The mask of a view, a byte a latent."""
-    if mask is None:
-        return None
-    cut = Image.fromarray(cut_view(mask, view, bucket))
-    return np.array(cut.resize((bucket[0] // factor, bucket[1] // factor), Image.Resampling.BOX))
 
 
 class Look(NamedTuple):
     """A view as it is kept."""
 
-    key: str  # of its moments
+    key: str  # of its tensor in the store
     pixels: str  # a hash
     add_time_ids: tuple[int, ...]
-
-
-Place = tuple[int, Bucket]
-"""A sample by number, and the bucket it goes to."""
 
 
 def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -> dict[Place, list[Look]]:
@@ -2373,19 +2440,19 @@ def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -
     vae = functools.cache(lambda: load_vae(run.vae, run.dtype, run.device))
     made_by, looks = (identity(run.vae, "vae"), run.dtype), {}
     share = [places[i] for i in local_share(len(places), run.accelerator)]
-    viewed = ahead(lambda place: views_of(run, place[0], samples[place[0]], place[1]), share,
+    viewed = ahead(lambda place: views_of(run, samples[place[0]], place[1]), share,
                    run.args.dataloader_num_workers)
     bar = progress_bar(len(share), "Pictures", delay=5)
-    for (number_, bucket), (size, views) in zip(share, viewed, strict=True):
-        seen = looks[number_, bucket] = []
-        for view, cut in views.items():
-            extra = {} if cut.mask is None else {"mask": torch.from_numpy(cut.mask)[None].float() / 255}
-            pixels = content_key(bucket, cut.pixels.tobytes(), b"" if cut.mask is None else cut.mask.tobytes())
+    for place, (size, views) in zip(share, viewed, strict=True):
+        number_, bucket = place
+        looks[place] = []
+        for view, (cut, mask) in views.items():
+            pixels = content_key(bucket, cut.tobytes(), mask.tobytes())
             key = content_key(*made_by, pixels)
             if not run.store.has(key):
-                mean, std = encode_image(vae(), to_pixels(cut.pixels), str(samples[number_].path))
-                run.store.put(key, mean=mean, std=std, **extra)
-            seen.append(Look(key, pixels, (size[1], size[0], view.top, view.left, bucket[1], bucket[0])))
+                mean, std = encode_image(vae(), to_pixels(cut), str(samples[number_].path))
+                run.store.put(key, view=torch.cat([mean, std, torch.from_numpy(mask)[None].to(mean) / 255]))
+            looks[place].append(Look(key, pixels, (size[1], size[0], view.top, view.left, bucket[1], bucket[0])))
         bar.update()
     bar.close()
     return looks
@@ -2399,53 +2466,36 @@ def bucket_of_each(args: argparse.Namespace, samples: Iterable[Sample]) -> list[
 
 def build_cache(run: Run, samples: Sequence[Sample], buckets: Sequence[Bucket], table: TextTable) -> Cache:
     """Encode every distinct view of every sample that the store lacks; buckets are those of the subject's samples."""
-    used = list(dict.fromkeys(buckets))
+    used = dict.fromkeys(buckets)
     places = list(enumerate(buckets)) + [(i, bucket) for i in range(len(buckets), len(samples)) for bucket in used]
     parts = gather_object([encode_views(run, samples, places)])
     looks = {place: seen for part in parts for place, seen in part.items()}
+    numbers = {look: i for i, look in enumerate(dict.fromkeys(look for place in places for look in looks[place]))}
+    ids = [look.add_time_ids for look in numbers]
     weights = [run.args.prior_loss_weight if sample.is_class else 1.0 for sample in samples]
     seen = [[look[1:] for look in looks[place]] for place in places]
-    shelves = {bucket: {i: looks[i, bucket] for i, other in places if other == bucket} for bucket in used}
+    background = run.args.background_loss_weight if run.args.masked_loss else 1.0
     return Cache(
-        shelves=[make_shelf(run, shelf) for shelf in shelves.values()],
-        buckets=[used.index(bucket) for bucket in buckets],
+        view=open_views(run.store, [look.key for look in numbers], run.device, background),
+        add_time_ids=torch.tensor(ids, device=run.device, dtype=torch.float32),
+        views={place: [numbers[look] for look in looks[place]] for place in places},
+        buckets=list(buckets),
         weight=torch.tensor(weights, device=run.device),
-        prompts=[table.prompts.index(sample.prompt) for sample in samples],
+        prompts=[table.numbers[sample.prompt] for sample in samples],
         names=[f'{sample.path} ("{sample.prompt}")' for sample in samples],
         digest=content_key(seen, weights, [sample.prompt for sample in samples]),
         caption_dropout=run.args.caption_dropout)
 
 
-def make_shelf(run: Run, looks: dict[int, list[Look]]) -> Shelf:
-    """A bucket's shelf of the looks of its samples."""
-    numbers = {look: i for i, look in enumerate(dict.fromkeys(look for seen in looks.values() for look in seen))}
-    ids = torch.tensor([look.add_time_ids for look in numbers], device=run.device, dtype=torch.float32)
-    background = run.args.background_loss_weight if run.args.masked_loss else None
-    return Shelf(make_moments(run.store, [look.key for look in numbers], run.device, background), ids,
-                 {sample: [numbers[look] for look in seen] for sample, seen in looks.items()})
+def open_views(store: Store, keys: list[str], device: torch.device, background: float) -> Callable[[int], Tensor]:
+    """A function from a view's number to its tensor: a small set stays on the device, a large one on the disk."""
 
+    def read(number_: int) -> Tensor:
+        view = store.get(keys[number_], device)["view"]
+        weight = background + (1 - background) * view[-1:]
+        return torch.cat([view[:-1], weight / weight.mean()])
 
-def make_moments(store: Store, keys: list[str], device: torch.device,
-                 background: float | None = None) -> Callable[[list[int]], Moments]:
-    """A function from numbers of views to their moments: a small set stays on the device, a large one on the disk.
-
-    With the weight of the background, masks come along.
-    """
-
-    def read(numbers: Iterable[int]) -> Moments:
-        found = [store.get(keys[i], device) for i in numbers]
-        mean, std = (torch.stack([entry[name] for entry in found]) for name in ("mean", "std"))
-        if background is None:
-            return Moments(mean, std, 1.0)
-        mask = background + (1 - background) * torch.stack([entry["mask"] for entry in found])
-        return Moments(mean, std, mask / mask.mean(dim=(1, 2, 3), keepdim=True))
-
-    if len(keys) * store.path(keys[0]).stat().st_size > RESIDENT_BYTES:
-        return read
-    mean, std, mask = read(range(len(keys)))
-    if background is None:
-        return lambda numbers: Moments(mean[numbers], std[numbers], 1.0)
-    return lambda numbers: Moments(mean[numbers], std[numbers], mask[numbers])
+    return resident(read, len(keys), store.size(keys[0]))
 
 
 def ahead(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> Iterator[Any]:
@@ -2484,7 +2534,7 @@ def make_table(scheduler: Any, snr_gamma: float | None = None, weighting: str | 
 
     Raises UserError for a prediction that this script does not know, or a weighting that does not go with it.
     """
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"--pretrained_model_name_or_path predicts '{kind}' with {type(scheduler).__name__}; only "
                         "epsilon and v_prediction can be trained.")
@@ -2614,15 +2664,10 @@ def make_noise(offset: float, perturbation: float) -> Callable[[Tensor], tuple[T
 
 
 class Objective(NamedTuple):
-    """What is learnt: a table's columns in float32 on the device, and what is drawn and measured at each timestep."""
+    """What is learnt: the table, in float32 on the device, and what is drawn and measured at each timestep."""
 
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    weight: Tensor
-    delta: Tensor  # of the Huber losses
-    t_cond: Tensor
+    table: Table
+    delta: Tensor  # of the Huber losses, by timestep
     draw_timesteps: Callable[[int, torch.device], Tensor]
     draw_noise: Callable[[Tensor], tuple[Tensor, Tensor]]
     distance: Callable[[Tensor, Tensor], Tensor]
@@ -2631,19 +2676,17 @@ class Objective(NamedTuple):
 
 def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.device | None = None) -> Objective:
     """The objective that the flags and the base model's scheduler make. Raises UserError if they contradict."""
-    table = make_table(scheduler, args.snr_gamma, args.loss_weighting, args.do_edm_style_training)
-    low, high = args.min_timestep, min(args.max_timestep, len(table.a) - 1)
+    exact = make_table(scheduler, args.snr_gamma, args.loss_weighting, args.do_edm_style_training)
+    low, high = args.min_timestep, min(args.max_timestep, len(exact.a) - 1)
     if low > high:
-        raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {len(table.a) - 1}.")
-    deltas = huber_deltas(table.snr, args.huber_schedule, args.huber_c)
-    columns = (*table[:5], deltas)
-    prior = PRIORS[prior_kind(args) or "pictures"]
-    if prior is prior_of_consistency:
-        prior = functools.partial(prior, beta=args.dco_beta)
-    told = table.t_cond if table.t_cond.dtype == torch.int64 else table.t_cond.float()
-    return Objective(*(column.float().to(device) for column in columns), told.to(device),
-                     make_timesteps(len(table.a), low, high, args.timestep_bias),
-                     make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type], prior)
+        raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {len(exact.a) - 1}.")
+    deltas = huber_deltas(exact.snr, args.huber_schedule, args.huber_c).float().to(device)
+    priors = {**PRIORS, None: prior_of_pictures, "dco": functools.partial(prior_of_consistency, beta=args.dco_beta)}
+    rounded = (column.float() if column.is_floating_point() else column for column in exact)
+    return Objective(Table(*(column.to(device) for column in rounded)), deltas,
+                     make_timesteps(len(exact.a), low, high, args.timestep_bias),
+                     make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type],
+                     priors[args.prior_preservation])
 
 
 class Loss(NamedTuple):
@@ -2659,15 +2702,14 @@ def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Loss
     latents = batch.mean + batch.std * torch.randn_like(batch.mean)
     noise, noise_put_in = objective.draw_noise(latents)
     timesteps = objective.draw_timesteps(len(latents), latents.device)
-    columns = (objective.a, objective.b, objective.c, objective.d, objective.delta)
-    a, b, c, d, delta = (column[timesteps].view(-1, 1, 1, 1) for column in columns)
+    a, b, c, d, delta = (column[timesteps].view(-1, 1, 1, 1) for column in (*objective.table[:4], objective.delta))
 
     def rows_of(prediction: Tensor, target: Tensor) -> Tensor:
         return (objective.distance(prediction.float() - target, delta) * batch.mask).flatten(1).mean(1)
 
-    inputs = a * latents + b * noise_put_in, objective.t_cond[timesteps], batch.text, batch.add_time_ids
+    inputs = a * latents + b * noise_put_in, objective.table.t_cond[timesteps], batch.text, batch.add_time_ids
     rows = objective.prior(model, inputs, c * latents + d * noise, rows_of, batch.instance_rows)
-    total = (batch.weight * objective.weight[timesteps] * rows).sum() / batch.instance_rows
+    total = (batch.weight * objective.table.weight[timesteps] * rows).sum() / batch.instance_rows
     return Loss(total, rows[:batch.instance_rows].detach(), timesteps[:batch.instance_rows])
 
 
@@ -2681,6 +2723,7 @@ class Schedule(NamedTuple):
     total_steps: int
     steps_per_epoch: float
     samples_per_step: int
+    validation_steps: int  # between two validations
 
 
 def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Schedule:
@@ -2689,61 +2732,31 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     steps_per_epoch = instance_rows / samples_per_step
     passes = args.steps_per_image / args.repeats if args.steps_per_image else args.num_train_epochs
     total_steps = args.max_train_steps or math.ceil(passes * steps_per_epoch)
-    return Schedule(total_steps, steps_per_epoch, samples_per_step)
+    validation_steps = args.validation_steps or max(1, round(args.validation_epochs * steps_per_epoch))
+    return Schedule(total_steps, steps_per_epoch, samples_per_step, validation_steps)
 
 
-class Kind(NamedTuple):
-    """An optimizer: how it is made of parameter groups, and what its state takes."""
-
-    make: Callable[[list[dict[str, Any]], argparse.Namespace], torch.optim.Optimizer]
-    state_bytes: int  # a trained parameter, on the device
-
-
-def from_library(package: str, name: str, **fixed: Any) -> Callable[..., torch.optim.Optimizer]:
-    """A maker of one of a library's optimizers with Adam's settings; it is imported when it is made."""
-
-    def make(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
-        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **fixed}
-        settings = {key: value for key, value in settings.items() if value is not None}
-        return getattr(importlib.import_module(package), name)(groups, **settings)
-
-    return make
-
-
-def make_prodigy(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Prodigy (arXiv:2306.06101), which finds the rate by itself: one for all groups."""
-    return from_library(
-        "prodigyopt", "Prodigy", beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
-        use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup)(
-            [{**group, "lr": args.learning_rate} for group in groups], args)
-
-
-def make_adafactor(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Adafactor (arXiv:1804.04235) at the rate of the schedule, instead of one of its own."""
-    return from_library("transformers", "Adafactor", betas=None, eps=(1e-30, 1e-3), scale_parameter=False,
-                        relative_step=False, warmup_init=False)(groups, args)
-
-
-def make_schedule_free(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Schedule-free AdamW (arXiv:2405.15682); --lr_scheduler constant_with_warmup warms it up."""
-    optimizer = from_library("schedulefree", "AdamWScheduleFree", warmup_steps=0)(groups, args)
-    optimizer.train()
-    return optimizer
-
-
-OPTIMIZERS = {
-    "adamw": Kind(from_library("torch.optim", "AdamW", fused=True), 8),  # one launch for a thousand small tensors
-    "adamw8bit": Kind(from_library("bitsandbytes.optim", "AdamW8bit"), 2),
-    "paged_adamw8bit": Kind(from_library("bitsandbytes.optim", "PagedAdamW8bit"), 2),
-    "lion8bit": Kind(from_library("bitsandbytes.optim", "Lion8bit", eps=None), 1),
-    "prodigy": Kind(make_prodigy, 16), "adafactor": Kind(make_adafactor, 0),
-    "schedule_free": Kind(make_schedule_free, 8)}
+def optimizer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the optimizer is made with, beside its groups."""
+    betas = {"betas": (args.adam_beta1, args.adam_beta2)}
+    adam = {**betas, "eps": args.adam_epsilon}
+    return {
+        "adamw": {**adam, "fused": True},  # one launch for a thousand small tensors
+        "lion8bit": betas,
+        "prodigy": {**adam, "beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple,  # arXiv:2306.06101
+                    "use_bias_correction": args.prodigy_use_bias_correction,
+                    "safeguard_warmup": args.prodigy_safeguard_warmup},
+        # arXiv:1804.04235, at the rate of the schedule instead of one of its own
+        "adafactor": {"eps": (1e-30, 1e-3), "scale_parameter": False, "relative_step": False, "warmup_init": False},
+        "schedule_free": {**adam, "warmup_steps": 0},  # arXiv:2405.15682; the schedule warms it up
+    }.get(args.optimizer, adam)
 
 
 def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_step: int) -> torch.optim.Optimizer:
     """The optimizer over the adapters, in groups of one rate and weight decay, each with the name of its rate."""
-    scale, rules, groups = samples_per_step if args.scale_lr else 1, rules_of(args), {}
-    for name, parameter in model.adapters().items():
+    kind, rules, groups = OPTIMIZERS[args.optimizer], rules_of(args), {}
+    finds_rate, scale = kind.name == "Prodigy", samples_per_step if args.scale_lr else 1
+    for name, parameter in model.adapters.items():
         component = name.partition(".")[0].rstrip("s")
         own = next((rule for rule in rules if rule.rate and name.startswith(f"unet.{rule.block}.")), None)
         if component == "unet":
@@ -2755,38 +2768,42 @@ def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_s
         label = f"{component}/{own.block}" if own else component
         if args.loraplus_lr_ratio and "lora_B" in name:  # LoRA+ (arXiv:2402.12354)
             rate, label = rate * args.loraplus_lr_ratio, f"{label}/B"
+        rate = args.learning_rate if finds_rate else rate * scale
         decay = 0.0 if args.lora_init in TWINS else decay  # it would pull at the frozen halves, too
-        group = groups.setdefault(label, {"params": [], "lr": rate * scale, "weight_decay": decay, "name": label})
+        group = groups.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
-    return OPTIMIZERS[optimizer_name(args)].make(list(groups.values()), args)
+    make = getattr(importlib.import_module(kind.module), kind.name)
+    optimizer = make(list(groups.values()), **optimizer_settings(args))
+    if kind.name == "AdamWScheduleFree":
+        optimizer.train()
+    return optimizer
+
+
+@contextmanager
+def borrowed(parameters: Iterable[nn.Parameter], data: Iterable[Tensor]) -> Iterator[None]:
+    """Other tensors in the parameters for as long as the block lasts, then the very ones that were there."""
+    own = [(parameter, parameter.data) for parameter in parameters]
+    try:
+        for (parameter, _), other in zip(own, data, strict=True):
+            parameter.data = other
+        yield
+    finally:
+        for parameter, exact in own:
+            parameter.data = exact
 
 
 class Average:
-    """What pictures are drawn with and files written from, if that is not what is trained: nothing else, here."""
+    """What pictures are drawn with and files written from: here, just what is trained."""
+
+    mean: Sequence[Tensor] = ()  # what a resumed run needs
 
     def update(self) -> None:
         """Take a step into account."""
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """The average in the place of the adapters, for as long as the block lasts."""
+        """The average in the place of the adapters, for as long as the block or the decorated function lasts."""
         yield
-
-    def before(self, function: Callable[..., None]) -> Callable[..., None]:
-        """The function with the average in the place of the adapters."""
-
-        def call(*arguments: Any) -> None:
-            with self.shown():
-                function(*arguments)
-
-        return call
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
 
 
 class MovingAverage(Average):
@@ -2803,22 +2820,8 @@ class MovingAverage(Average):
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The mean in the place of the adapters."""
-        exact = [adapter.data for adapter in self.adapters]
-        for adapter, mean in zip(self.adapters, self.mean, strict=True):
-            adapter.data = mean.clone()
-        try:
+        with borrowed(self.adapters, self.mean):
             yield
-        finally:
-            for adapter, data in zip(self.adapters, exact, strict=True):
-                adapter.data = data
-
-    def state_dict(self) -> dict[str, Any]:
-        """The mean."""
-        return {"mean": self.mean}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the mean."""
-        torch._foreach_copy_(self.mean, state["mean"])
 
 
 class ScheduleFree(Average):
@@ -2830,58 +2833,41 @@ class ScheduleFree(Average):
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The place that is good; there and back again in arithmetic would not be exact, so copies move."""
-        exact = [adapter.data for adapter in self.adapters]
-        for adapter in self.adapters:
-            adapter.data = adapter.data.clone()
-        self.optimizer.eval()
-        try:
-            yield
-        finally:
-            self.optimizer.train()
-            for adapter, data in zip(self.adapters, exact, strict=True):
-                adapter.data = data
+        with borrowed(self.adapters, [adapter.data.clone() for adapter in self.adapters]):
+            self.optimizer.eval()
+            try:
+                yield
+            finally:
+                self.optimizer.train()
 
 
 def make_average(args: argparse.Namespace, adapters: Sequence[nn.Parameter], optimizer: Any) -> Average:
     """What is drawn with and written."""
     if args.use_ema:
         return MovingAverage(adapters, args.ema_half_life)
-    return ScheduleFree(adapters, optimizer) if optimizer_name(args) == "schedule_free" else Average()
-
-
-def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """One of diffusers' schedules, counted in optimizer steps."""
-    return get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, power=args.lr_power,
-                         num_training_steps=total_steps, num_cycles=args.lr_num_cycles)
+    return ScheduleFree(adapters, optimizer) if args.optimizer == "schedule_free" else Average()
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 # One literal dictionary, written beside and renamed; signals that end a run after the step in progress.
 
 
-KEPT_SETTINGS = (
-    "rank", "lora_alpha", "use_rslora", "use_dora", "lora_init", "lora_preset", "lora_layers", "lora_unet_blocks",
-    "optimizer", "loraplus_lr_ratio", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
-    "prodigy_safeguard_warmup", "use_ema", "ema_half_life", "caption_dropout", "lora_dropout", "train_text_encoder",
-    "train_text_encoder_frac", "train_text_encoder_ti", "train_text_encoder_ti_frac", "token_abstraction",
-    "num_new_tokens_per_abstraction", "initializer_concept", "token_lr", "clip_skip", "base_precision", "resolution",
-    "train_batch_size", "prediction_type", "rescale_betas_zero_snr", "do_edm_style_training", "snr_gamma",
-    "loss_weighting", "loss_type", "huber_schedule", "huber_c", "noise_offset", "input_perturbation", "min_timestep",
-    "max_timestep", "timestep_bias", "prior_preservation", "dco_beta", "background_loss_weight", "max_grad_norm",
-    "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
-    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
-    "adam_weight_decay_text_encoder")
-"""Flags that make the run what it is. Others, such as --max_train_steps, validation, logging and where things are, may
-change between start and resume.
+KEPT_GROUPS = ("adapters", "text", "optimizer", "objective")
+KEPT_FLAGS = ("resolution", "caption_dropout", "background_loss_weight", "prior_preservation", "dco_beta",
+              "base_precision", "train_batch_size")
+"""What makes the run what it is: flags of these groups, and these. Others, such as --max_train_steps, validation,
+logging and where things are, may change between start and resume.
 """
 
 
 def settings_of(run: Run, digest: str) -> dict[str, Any]:
     """What may not change between start and resume, by the name that an error calls it."""
-    split = run.args.gradient_accumulation_steps * run.accelerator.num_processes
-    return {**{f"--{name}": getattr(run.args, name) for name in KEPT_SETTINGS}, "--seed": run.seed,
+    split, groups = run.args.gradient_accumulation_steps * run.accelerator.num_processes, make_parser()._action_groups
+    kept = [action.dest for group in groups if group.title in KEPT_GROUPS for action in group._group_actions]
+    return {**{f"--{name}": getattr(run.args, name) for name in (*kept, *KEPT_FLAGS)}, "--seed": run.seed,
             "--mixed_precision": run.accelerator.mixed_precision,
             "the base model": Path(run.args.pretrained_model_name_or_path).name,  # its folder may have moved
+            "the VAE": Path(run.vae.name).name, "--revision": run.args.revision, "--variant": run.args.variant,
             "--gradient_accumulation_steps times processes": split, "what the pictures and prompts hash to": digest}
 
 
@@ -2896,32 +2882,37 @@ class TrainingState:
     average: Average
     settings: dict[str, Any]
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The adapters' parameters."""
+        return list(self.model.adapters.values())
+
     def state_dict(self, step: int) -> dict[str, Any]:
         """All that a resumed run needs to equal one that never stopped."""
         return {
             "step": step,
             "settings": self.settings,
-            "adapters": {name: parameter.detach().cpu() for name, parameter in self.model.adapters().items()},
+            "adapters": {name: parameter.detach().cpu() for name, parameter in self.model.adapters.items()},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else {},
-            "average": self.average.state_dict(),
+            "average": list(self.average.mean),
         }
 
     def load(self, folder: Path) -> int:
         """Take up a checkpoint's state; returns its step. Raises UserError if it does not fit, anything if broken."""
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)  # runs no code
         for name, now in self.settings.items():
-            default = make_parser().get_default(name.removeprefix("--"))  # what an older script knew nothing of
-            then = state["settings"].get(name, default)
+            then = state["settings"].get(name)
             if then != now:
                 raise UserError(f"--resume_from_checkpoint {folder}: {name} was {then} and is now {now}; a run goes "
                                 "on as it began, so change it back, or start anew in another --output_dir.")
-        for name, parameter in self.model.adapters().items():
+        for name, parameter in self.model.adapters.items():
             parameter.data.copy_(state["adapters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.average.load_state_dict(state.get("average", {}))
+        for mean, saved in zip(self.average.mean, state["average"], strict=True):
+            mean.copy_(saved)
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
@@ -2980,23 +2971,17 @@ def make_savers(run: Run, state: TrainingState) -> tuple[Callable[[int], None], 
     if not run.accelerator.is_main_process:
         return lambda step: None, lambda: None
     loras = functools.partial(write_loras, run, run.output, state.model)
-    return functools.partial(save_checkpoint, run, state), state.average.before(loras)
-
-
-class Wishes(NamedTuple):
-    """What signals and the clock ask of the loop, alike on all ranks."""
-
-    stop: int  # a signal's number, TIME_IS_UP, or 0
-    save: int  # whether a checkpoint is due by the clock
+    return functools.partial(save_checkpoint, run, state), state.average.shown()(loras)
 
 
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 end the run: at once while it is prepared, after the step in progress while it
-    trains; a second one at once. The clock asks for the same, and for checkpoints.
+    trains; a second Ctrl-C at once. The clock asks for the same, and for checkpoints.
     """
 
-    def __init__(self, run_minutes: float | None, checkpoint_minutes: float | None) -> None:
-        self.signum, self.training, self.before = 0, False, {}
+    def __init__(self, run_minutes: float | None = None, checkpoint_minutes: float | None = None,
+                 timeout: float = 600) -> None:
+        self.signum, self.training, self.before, self.timeout = 0, False, {}, timedelta(seconds=timeout)
         self.began = self.saved = time.monotonic()
         self.run_seconds = 60 * (run_minutes or math.inf)
         self.checkpoint_seconds = 60 * (checkpoint_minutes or math.inf)
@@ -3014,8 +2999,17 @@ class StopSignals:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
+    @functools.cached_property
+    def hosts(self) -> Any:
+        """The group through which the ranks' hosts talk, beside that of their devices; None is the usual one."""
+        if torch.distributed.get_backend() == "gloo":
+            return None
+        return torch.distributed.new_group(backend="gloo", timeout=self.timeout)
+
     def note(self, signum: int, frame: object) -> None:
         """Remember the first signal, if there is a step to end. Raises Stopped otherwise."""
+        if self.signum and signum != signal.SIGINT:  # launchers hand on what the whole group was sent already
+            return
         if self.signum:
             raise Stopped(signum, "Stopped at once, at your second request; the last checkpoint is whole.")
         self.signum = signum
@@ -3023,17 +3017,20 @@ class StopSignals:
             raise Stopped(signum, "Stopped before training began. What was encoded and drawn is kept: the same "
                                   "command goes on from there.")
 
-    def wishes(self, accelerator: Accelerator) -> Wishes:
-        """What any rank has been asked for, on all ranks at the same step."""
+    def wishes(self, accelerator: Accelerator) -> tuple[int, int]:
+        """What any rank has been asked for, on all ranks at the same step: by which signal's number (or TIME_IS_UP) to
+        stop, and whether a checkpoint is due by the clock; 0 is no.
+        """
         now = time.monotonic()
         stop = self.signum or TIME_IS_UP * (now - self.began > self.run_seconds)
         save = int(now - self.saved > self.checkpoint_seconds)
         if accelerator.num_processes > 1:
-            asked = accelerator.gather(torch.tensor([[stop, save]], device=accelerator.device))
-            stop, save = asked.amax(dim=0).tolist()
+            asked = torch.tensor([stop, save])  # on the host: no step waits for its device here
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.hosts)
+            stop, save = asked.tolist()
         if save:
             self.saved = now
-        return Wishes(stop, save)
+        return stop, save
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -3043,18 +3040,14 @@ class StopSignals:
 @contextmanager
 def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
     """Evaluation mode, peft's forward, adapters in the base's dtype: what load_lora_weights makes; undone after."""
-    adapters = model.adapters().values()
-    exact = [parameter.data for parameter in adapters]
+    adapters = model.adapters.values()
     model.eval()
     model.run_lean(False)
     try:
-        for parameter in adapters:
-            parameter.data = parameter.data.to(model.dtype)
-        with torch.compiler.set_stance("force_eager"):  # other shapes would compile everything once more
+        with (borrowed(adapters, [parameter.data.to(model.dtype) for parameter in adapters]),
+              torch.compiler.set_stance("force_eager")):  # other shapes would compile everything once more
             yield
     finally:
-        for parameter, data in zip(adapters, exact, strict=True):
-            parameter.data = data
         model.run_lean(True)
         model.train()
 
@@ -3068,16 +3061,15 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
     count = args.num_validation_images
     share = range(accelerator.process_index, len(prompts) * count, accelerator.num_processes)
 
-    def draw(index: int) -> Tensor:
-        studio = open_studio(run, model, table, prompts[index // count], args.validation_negative_prompt or "")
-        studio = replace(studio, resolution=args.validation_resolution or args.resolution,
-                         steps=args.validation_num_inference_steps, guidance=args.validation_guidance_scale)
-        return studio.draw([run.seed + index % count])
+    def picture(index: int) -> Tensor:
+        return draw(run, model, table, prompts[index // count], [run.seed + index % count],
+                    args.validation_resolution or args.resolution, args.validation_negative_prompt or "",
+                    args.validation_num_inference_steps, args.validation_guidance_scale)
 
     @torch.no_grad()
     def validate(step: int) -> None:
         with as_users_load_it(model):
-            latents = [draw(index) for index in share if not run.stop.signum]  # the memory of one at a time
+            latents = [picture(index) for index in share if not run.stop.signum]  # the memory of one at a time
         images = decode_latents(run, model.unet, load_part(run.vae, "vae", run.dtype), latents)
         pictures = gather_object(list(zip(share, images, strict=False)))  # fewer, where a signal came
         if accelerator.is_main_process and pictures:
@@ -3182,9 +3174,41 @@ overflow-wrap: anywhere } pre { overflow-x: auto; border: 1px solid var(--line);
 </body>
 </html>
 """)
-USE = """pipeline = StableDiffusionXLPipeline.from_pretrained({base!r})
-pipeline.load_lora_weights({folder!r}, weight_name={file!r})
-image = pipeline({prompt!r}, num_inference_steps=25).images[0]"""
+TOKENS = """
+from safetensors.torch import load_file
+embeddings = load_file({file})
+for name, encoder, tokenizer in (("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+                                 ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2)):
+    pipeline.load_textual_inversion(embeddings[name], token={tokens}, text_encoder=encoder, tokenizer=tokenizer)
+pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id  # as in training"""
+
+
+def usage(run: Run, place: str, prompt: str) -> str:
+    """Python that draws the prompt with the LoRA of a place, a folder or a repository, as it was trained."""
+    args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
+    config, config_of = run.scheduler.config, repr(args.single_file_config or base)
+    lines = ["import torch", f"from diffusers import {'AutoencoderKL, ' * bool(vae)}StableDiffusionXLPipeline", ""]
+    if vae and Path(vae).is_file():
+        lines += [f"vae = AutoencoderKL.from_single_file({vae!r}, config={config_of}, subfolder=\"vae\","
+                  " torch_dtype=torch.float16)"]
+    elif vae:
+        lines += [f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)"]
+    loader, dtype = ("single_file", "torch_dtype") if Path(base).is_file() else ("pretrained", "dtype")
+    lines += [f"pipeline = StableDiffusionXLPipeline.from_{loader}({base!r}{', vae=vae' * bool(vae)}, "
+              f"{dtype}=torch.float16)"]
+    if config.prediction_type == "v_prediction":
+        is_zero = bool(config.get("rescale_betas_zero_snr"))
+        zero = ', rescale_betas_zero_snr=True, timestep_spacing="trailing"' * is_zero
+        lines += ["pipeline.scheduler = type(pipeline.scheduler).from_config(",
+                  f'    pipeline.scheduler.config, prediction_type="v_prediction"{zero})']
+    lines += [f'pipeline.to("cuda").load_lora_weights({place!r}, weight_name="{LORA_FILE}")']
+    if args.train_text_encoder_ti:
+        fetched = f"hf_hub_download({place!r}, {EMBEDDINGS_FILE!r})"
+        lines += ["from huggingface_hub import hf_hub_download"] * args.push_to_hub
+        lines += [TOKENS.strip().format(file=fetched if args.push_to_hub else repr(f"{place}/{EMBEDDINGS_FILE}"),
+                                        tokens=sum(new_tokens(args).values(), []))]
+    skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
+    return "\n".join([*lines, f"image = pipeline({prompt!r}, num_inference_steps=25{skip}).images[0]"])
 
 
 def read_history(output: Path, before: float = math.inf) -> list[dict[str, float]]:
@@ -3211,14 +3235,9 @@ def curve(name: str, points: Sequence[tuple[float, float]]) -> str:
             f"</svg><figcaption>{name}</figcaption></figure>")
 
 
+@only_to_look_at("report")
 def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
     """Write report.html from what is in the output folder."""
-    with only_to_look_at("report"), written_beside(run.output / "report.html") as unfinished:
-        unfinished.write_text(make_report(run, subject, buckets), encoding="utf-8", errors="backslashreplace")
-
-
-def make_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> str:
-    """The page."""
     escape, args, sheet = html.escape, run.args, run.output / "progress.png"
     history = read_history(run.output)
     names = sorted({name for entry in history for name in entry} - {"step"})
@@ -3234,15 +3253,16 @@ def make_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) 
         picture = (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{told}">'
                    f"</div><figcaption>{told}</figcaption></figure>")
     settings = public_settings(args, run.seed).items()
-    return REPORT.substitute(
+    page = REPORT.substitute(
         title=escape(run.output.resolve().name), sheet=picture or "<p>No --validation_prompt was given.</p>",
         summary=escape(f"{len(shown)} pictures, rank {args.rank}, "
                        f"{history[-1]['step'] if history else 0} steps so far"),
         curves="".join(curve(escape(name), points) for name, points in curves.items()) or "<p>Nothing yet.</p>",
         data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
-        use=escape(USE.format(base=run.base.name, folder=str(run.output), file=LORA_FILE,
-                              prompt=with_tokens(args, subject[0].prompt))),
+        use=escape(usage(run, str(run.output), with_tokens(args, subject[0].prompt))),
         settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
+    with written_beside(run.output / "report.html") as unfinished:
+        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 # ------------------------------------------------------------------------------------------------------ training loop
@@ -3252,11 +3272,6 @@ def make_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) 
 def due(step: int, every: int, last: int | None = None) -> bool:
     """Whether something that happens every so many steps, and perhaps at the last, happens now."""
     return step % every == 0 or step == last
-
-
-def validation_every(args: argparse.Namespace, schedule: Schedule) -> int:
-    """Steps between two validations."""
-    return args.validation_steps or max(1, round(args.validation_epochs * schedule.steps_per_epoch))
 
 
 def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> tqdm:
@@ -3274,28 +3289,31 @@ class Progress:
         self.timesteps = run.scheduler.config.num_train_timesteps
         self.accelerator, self.scaler, self.lr_scheduler = run.accelerator, run.accelerator.scaler, lr_scheduler
         self.samples_per_step = schedule.samples_per_step
-        self.skips = run.args.on_nan == "skip" and not self.scaler  # a scaler skips by itself
+        self.skips = run.args.on_nan == "skip"
         self.max_skipped, self.skipped = run.args.max_skipped_steps, 0
         self.bar = progress_bar(schedule.total_steps, "Training", step)
         self.step, self.seen, self.loss = step, [], math.nan  # seen: of each micro-batch its step, names and loss
-        self.rows, self.norms, self.finite = [], [], deque(maxlen=5)
-        self.looked_at, self.since = step, time.perf_counter()
+        self.norms, self.finite = [], deque(maxlen=5)
+        self.looked_at, self.since = step, 0.0
         self.history = run.output / HISTORY_FILE
         if self.accelerator.is_main_process:
             lines = [json.dumps(entry) + "\n" for entry in read_history(run.output, before=step) if step]
             with written_beside(self.history) as unfinished:
                 unfinished.write_text("".join(lines), encoding="utf-8")
 
+    def begin_step(self) -> None:
+        """Start the clock of the speed, which stood while pictures were drawn and checkpoints written."""
+        self.since = self.since or time.perf_counter()
+
     def note(self, batch: Batch, loss: Loss) -> None:
-        """Note a micro-batch."""
-        self.seen.append((self.step + 1, batch.names, loss.total))
-        self.rows.append((loss.timesteps, loss.rows))
+        """Keep a micro-batch's loss, on the device, for the next report."""
+        self.seen.append((self.step + 1, batch.names, loss._replace(total=loss.total.detach())))
 
     def accept(self, grad_norm: Tensor) -> bool:
         """Count a step that has its gradients; False if it is not to be taken. Raises TrainingError after too many."""
         self.step += 1
         self.bar.update()
-        if self.skips and not math.isfinite(grad_norm):
+        if self.skips and not math.isfinite(self.doubt(grad_norm)):
             self.skipped += 1
             self.seen = [entry for entry in self.seen if entry[0] != self.step]
             if self.skipped > self.max_skipped:
@@ -3305,11 +3323,16 @@ class Progress:
         self.norms.append((self.step, grad_norm))
         return True
 
+    def doubt(self, grad_norm: Tensor) -> Tensor:
+        """A number that is finite if the step in progress can be taken; a scaler looks at gradients by itself."""
+        losses = [loss.total for step, _, loss in self.seen if step == self.step]
+        return self.accelerator.reduce(torch.stack(losses).sum(), "sum") if self.scaler else grad_norm
+
     def report(self) -> None:
         """Tell bar and trackers, if there is news. Raises TrainingError if a number is not finite."""
         if not self.seen:
             return
-        losses = torch.stack([loss for _, _, loss in self.seen])
+        losses = torch.stack([loss.total for _, _, loss in self.seen])
         norms = torch.stack([norm.to(losses) for _, norm in self.norms])
         own = losses.mean() if self.scaler else losses.mean() + 0 * norms.sum()  # a scaler's norms overflow at times
         self.loss, now = self.accelerator.reduce(own, "mean").item(), time.perf_counter()
@@ -3325,20 +3348,19 @@ class Progress:
         told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
                 "samples_per_second": speed, **rates}
         told |= self.by_timestep() | self.monitor(self.step)
-        now = time.perf_counter()
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **told}) + "\n")
         self.bar.set_postfix({"loss": f"{self.loss:.4f}", "lr": f"{next(iter(rates.values())):.1e}", "pictures/s":
                               f"{speed:.3g}", "GB": f"{told['peak_memory_gb']:.1f}"}, refresh=False)
-        for seen in (self.seen, self.norms, self.rows):
-            seen.clear()
-        self.looked_at, self.since = self.step, now
+        self.seen, self.norms = [], []
+        self.looked_at, self.since = self.step, 0.0
 
     def by_timestep(self) -> dict[str, float]:
         """The mean loss of the subject's rows in each quarter of the timesteps that was seen."""
-        timesteps, rows = (torch.cat(column) for column in zip(*self.rows, strict=True))
+        timesteps = torch.cat([loss.timesteps for _, _, loss in self.seen])
+        rows = torch.cat([loss.rows for _, _, loss in self.seen])
         quarter = (timesteps * 4 // self.timesteps).clamp(max=3)
         sums, counts = (torch.zeros(4, device=rows.device).index_add(0, quarter, part)
                         for part in (rows, torch.ones_like(rows)))
@@ -3350,8 +3372,9 @@ class Progress:
         """Name the first step whose numbers are not finite, its pictures and prompts, and what helps."""
         bad = [(step, f"loss {loss}", names) for (step, names, _), loss in zip(self.seen, losses, strict=True)
                if not math.isfinite(loss)]
+        norms = [] if self.scaler else norms  # which it lets overflow at times
         bad += [(step, f"gradient norm {norm}", sum((names for at, names, _ in self.seen if at == step), ()))
-                for (step, _), norm in zip(self.norms, norms, strict=True) if not math.isfinite(norm)]
+                for (step, _), norm in zip(self.norms, norms, strict=False) if not math.isfinite(norm)]
         found = [entry for part in gather_object([bad]) for entry in part]  # every rank is in trouble at once
         step, what, names = min(found, key=lambda entry: entry[:1])
         last = ", ".join(f"{loss:.4g}" for loss in self.finite) or "none"
@@ -3371,40 +3394,45 @@ def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
     the class prompt with and without adapters, on the same noisy pictures; rest: the variance of the last measures of
     fit over that of all (DVAR of arXiv:2302.04841, which stops below 0.15). Noise and timesteps are always the same.
     """
-    every, fits = run.args.monitor_steps, []
+    every, of = run.args.monitor_steps, objective.table
     if not every:
         return lambda step: {}
-    shelf = cache.shelves[0]
-    rows = [row for row in shelf.views if row < len(cache.buckets)][:run.args.train_batch_size]  # the subject's
-    seen = [shelf.views[row][0] for row in rows]
-    moments, ids = shelf.moments(seen), shelf.add_time_ids[seen]
-    count = len(objective.a)
-    levels = [count * (2 * i + 1) // (2 * MONITOR_LEVELS) for i in range(MONITOR_LEVELS)]
+    bucket = cache.buckets[0]
+    rows = [row for row, own in enumerate(cache.buckets) if own == bucket][:run.args.train_batch_size]
+    seen = [cache.views[row, bucket][0] for row in rows]
+    (mean, _, _), ids = cache.moments(seen), pick(cache.add_time_ids, seen)
+    levels = [len(of.a) * (2 * i + 1) // (2 * MONITOR_LEVELS) for i in range(MONITOR_LEVELS)]
+    generators = [torch.Generator().manual_seed(position_seed(run.seed, "monitor", t)) for t in levels]
+    noises = [torch.randn(mean.shape, generator=generator).to(mean) for generator in generators]
+
+    def predict(text: Text) -> list[Tensor]:
+        """The predictions at all levels of noise."""
+        return [model(of.a[t] * mean + of.b[t] * noise, of.t_cond[t].expand(len(rows)), text, ids).float()
+                for t, noise in zip(levels, noises, strict=True)]
+
+    @functools.cache
+    def untrained() -> list[Tensor]:
+        with model.without_adapters():
+            return predict(table.at([table.numbers[run.args.class_prompt]] * len(rows)))
+
+    def distance(ones: list[Tensor], others: list[Tensor]) -> float:
+        return (torch.stack(ones) - torch.stack(others)).square().mean().item()
 
     @torch.no_grad()
     def look() -> tuple[float, float]:
-        fit, drift = [], []
-        own = table.at([cache.prompts[row] for row in rows])
-        of_class = table.at([table.prompts.index(run.args.class_prompt)] * len(rows))
-        for t in levels:
-            generator = torch.Generator().manual_seed(position_seed(run.seed, "monitor", t))
-            noise = torch.randn(moments.mean.shape, generator=generator).to(moments.mean)
-            noisy, times = objective.a[t] * moments.mean + objective.b[t] * noise, objective.t_cond[[t] * len(rows)]
-            target = objective.c[t] * moments.mean + objective.d[t] * noise
-            fit.append((model(noisy, times, own, ids).float() - target).square().mean())
-            with model.without_adapters():
-                known = model(noisy, times, of_class, ids).float()
-            drift.append((model(noisy, times, of_class, ids).float() - known).square().mean())
-        return torch.stack(fit).mean().item(), torch.stack(drift).mean().item()
+        targets = [of.c[t] * mean + of.d[t] * noise for t, noise in zip(levels, noises, strict=True)]
+        own = predict(table.at([cache.prompts[row] for row in rows]))
+        of_class = predict(table.at([table.numbers[run.args.class_prompt]] * len(rows)))
+        return distance(own, targets), distance(of_class, untrained())
 
     def monitor(step: int) -> dict[str, float]:
         if not due(step, every):
             return {}
-        fits[:] = [entry["monitor/fit"] for entry in read_history(run.output, before=step) if "monitor/fit" in entry]
         model.eval()
         fit, drift = look()
         model.train()
-        fits.append(fit)
+        before = [entry["monitor/fit"] for entry in read_history(run.output, before=step) if "monitor/fit" in entry]
+        fits = [*before, fit]
         rest = statistics.pvariance(fits[-MONITOR_WINDOW:]) / (statistics.pvariance(fits) or 1.0)
         told = {"monitor/rest": rest} if len(fits) > MONITOR_WINDOW else {}
         return {"monitor/fit": fit, "monitor/drift": drift, **told}
@@ -3435,28 +3463,19 @@ class GradientWatch:
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory that was in use, on the GPU or, without one, by this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GB
     if importlib.util.find_spec("resource") is None:  # Windows
         return math.nan
     import resource
 
-    scale = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
 def micro_batches(step: int, accumulation: int, accelerator: Accelerator) -> range:
     """The numbers of this rank's micro-batches in a step: the same work is numbered alike on any number of ranks."""
     world = accelerator.num_processes
     return range(step * accumulation * world + accelerator.process_index, (step + 1) * accumulation * world, world)
-
-
-def backward(accelerator: Accelerator, model: nn.Module, objective: Objective,
-             batch: Batch) -> tuple[Batch, Loss]:
-    """Add the gradients of one micro-batch, and return it with its loss, without waiting for that."""
-    with accelerator.accumulate(model):
-        loss = diffusion_loss(model, objective, batch)
-        accelerator.backward(loss.total)
-    return batch, loss._replace(total=loss.total.detach())
 
 
 def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) -> None:
@@ -3466,6 +3485,37 @@ def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) 
         flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         parts = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Move what an earlier run left beyond a step, checkpoints and pictures, where it is not taken for this one's."""
+    found = [*output.glob("checkpoint-*"), *output.glob("validation/step-*")]
+    later = [path for path in found if re.fullmatch(r"(checkpoint|step)-\d+", path.name)
+             and int(path.name.partition("-")[2]) > step]
+    if not later:
+        return
+    place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
+    for path in later:
+        moved = place / path.relative_to(output)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(moved)
+    say([("Earlier", f"checkpoints and pictures of another run, beyond step {step}, are now in {place}")])
+
+
+def open_output(run: Run, step: int) -> None:
+    """Make the output folder, leave the run's flags there and begin the tracker's run, without secrets."""
+    args = run.args
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    if run.accelerator.is_main_process:
+        (run.output if args.report_to == "none" else logging_dir).mkdir(parents=True, exist_ok=True)
+        set_aside(run.output, step)
+        with written_beside(run.output / CONFIG_FILE) as unfinished:
+            unfinished.write_text(yaml.safe_dump(public_settings(args, run.seed), allow_unicode=True),
+                                  encoding="utf-8")
+    settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
+                for key, value in public_settings(args, run.seed).items()}
+    with hushed():
+        run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
 
 
 class Outcome(NamedTuple):
@@ -3490,10 +3540,10 @@ def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTabl
         with average.shown():  # from now on, what is trained is what is drawn with
             with as_users_load_it(model):
                 model.settle_text(table)
-            settled = {name: parameter.data.clone() for name, parameter in model.adapters().items()
+            settled = {name: parameter.data.clone() for name, parameter in model.adapters.items()
                        if not name.startswith("unet.")}
         for name, data in settled.items():
-            model.adapters()[name].data.copy_(data)
+            model.adapters[name].data.copy_(data)
 
     return settle
 
@@ -3506,31 +3556,49 @@ class Events(NamedTuple):
     monitor: Callable[[int], dict[str, float]]
 
 
+def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str) -> TrainingState:
+    """What moves the adapters, before its first step."""
+    args, accelerator = run.args, run.accelerator
+    optimizer = make_optimizer(args, model, schedule.samples_per_step)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, schedule.total_steps,
+                                 args.lr_num_cycles, args.lr_power)
+    optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
+    average = make_average(args, list(model.adapters.values()), optimizer)
+    return TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))
+
+
+def begin(run: Run, state: TrainingState, digest: str) -> int:
+    """Take up where a checkpoint left off, and only then touch the output folder; returns the step."""
+    step = resume(run.args.resume_from_checkpoint, run.output, state)
+    check_alike(step, digest)
+    open_output(run, step)
+    return step
+
+
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective, events: Events,
           schedule: Schedule, digest: str) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off; digest is that of the data."""
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
-    optimizer = make_optimizer(args, model, schedule.samples_per_step)
-    lr_scheduler = make_lr_scheduler(args, optimizer, last)
-    optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
-    adapters = list(model.adapters().values())
-    average = make_average(args, adapters, optimizer)
-    state = TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))
-    step = resume(args.resume_from_checkpoint, run.output, state)
-    check_alike(step, digest)
-    (save, save_loras), validate = make_savers(run, state), average.before(events.validate)
+    state = make_state(run, model, schedule, digest)
+    optimizer, lr_scheduler, average, adapters = state.optimizer, state.lr_scheduler, state.average, state.trained
+    step = begin(run, state, digest)
+    (save, save_loras), validate = make_savers(run, state), average.shown()(events.validate)
     if step == 0:
         validate(0)
     model.train()
-    progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters())
+    progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters)
     run.stop.training = True
-    wishes = Wishes(0, 0)
+    stop = 0
     with progress.bar:
-        while step < last and not wishes.stop:
+        while step < last and not stop:
             events.settle_text(step, average)
+            progress.begin_step()
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
                 torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
-                progress.note(*backward(accelerator, model, objective, batch_at(n)))
+                batch = batch_at(n)
+                loss = diffusion_loss(model, objective, batch)
+                accelerator.backward(loss.total / args.gradient_accumulation_steps)
+                progress.note(batch, loss)
             share_gradients(accelerator, adapters)
             watch.look()
             if progress.accept(accelerator.clip_grad_norm_(adapters, args.max_grad_norm)):
@@ -3538,18 +3606,18 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
                 average.update()
             lr_scheduler.step()
             optimizer.zero_grad()
-            step, wishes = step + 1, run.stop.wishes(accelerator)
-            saving = due(step, args.checkpointing_steps) or wishes.save or (wishes.stop and step < last)
+            step, (stop, save_now) = step + 1, run.stop.wishes(accelerator)
+            saving = due(step, args.checkpointing_steps) or save_now or (stop and step < last)
             if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if saving:
                 save(step)
             if step == last:
                 save_loras()  # before the last pictures: a card that is too small for those has the LoRA
-            if due(step, validation_every(args, schedule), last):
+            if due(step, schedule.validation_steps, last):
                 validate(step)
     save_loras()
-    return Outcome(step, progress.loss, wishes.stop if step < last else 0, progress.skipped)
+    return Outcome(step, progress.loss, stop if step < last else 0, progress.skipped)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
@@ -3573,7 +3641,7 @@ def lora_metadata(model: TrainableSDXL) -> dict[str, str]:
               "lora_bias")
     configs = {component: part.peft_config["default"].to_dict() for component, part in model.adapted().items()}
     settings = {f"{component}.{field}": config[field] for component, config in configs.items() for field in fields}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
+    return {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
 
 
 RESNET_NAMES = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
@@ -3664,7 +3732,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
         "sd_model_name": Path(run.base.name).name, "vae_name": Path(run.vae.name).name, "seed": run.seed,
         "learning_rate": args.learning_rate, "unet_lr": args.learning_rate, "lr_scheduler": args.lr_scheduler,
         "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None,
-        "optimizer": optimizer_name(args),
+        "optimizer": args.optimizer,
         "max_train_steps": args.max_train_steps, "mixed_precision": run.accelerator.mixed_precision,
         "batch_size_per_device": args.train_batch_size, "min_snr_gamma": args.snr_gamma,
         "gradient_accumulation_steps": args.gradient_accumulation_steps, "num_train_images": run.pictures,
@@ -3745,12 +3813,6 @@ def public_settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in hidden and value is not None}
 
 
-def write_config(args: argparse.Namespace, seed: int) -> None:
-    """Leave training_config.yaml in the output folder."""
-    with written_beside(Path(args.output_dir) / CONFIG_FILE) as unfinished:
-        unfinished.write_text(yaml.safe_dump(public_settings(args, seed), allow_unicode=True), encoding="utf-8")
-
-
 def command_of(args: argparse.Namespace, seed: int) -> str:
     """The command that makes this run, with the flags that differ from their defaults."""
     parser, words = make_parser(), ["accelerate launch train_dreambooth_lora_sdxl.py"]
@@ -3788,26 +3850,17 @@ Use `{trigger}` in your prompt.
 ## Use it
 
 ```python
-import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-
-{vae_line}pipeline = StableDiffusionXLPipeline.{loader}({base!r}{vae_argument}, {dtype}=torch.float16)
-{scheduler_line}pipeline.to("cuda").load_lora_weights({repo!r}, weight_name="pytorch_lora_weights.safetensors")
-{tokens_line}image = pipeline({prompt!r}, num_inference_steps=25{skip_argument}).images[0]
+{usage}
 ```
 
 In ComfyUI, A1111 or Forge: {webui}
 
 ## How it was made
 
-LoRA of rank {rank} on {parts}; VAE in training: {vae}.
-
 | | |
 |---|---|
-{settings}
-
-The pictures that it was trained on: {data}.
-
+{facts}
+{samples}
 {fence}bash
 {command}
 {fence}
@@ -3816,34 +3869,10 @@ TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd
         "stable-diffusion-xl-diffusers"]
 
 
-def describe_data(subject: Sequence[Sample]) -> str:
-    """How many pictures of which sizes there are; as far as they are still where they were."""
-    paths, sizes = list(dict.fromkeys(sample.path for sample in subject)), []
-    for path in paths:
-        with suppress(OSError):
-            sizes.append(picture_size(path))
-    spread = [" to ".join(map(str, dict.fromkeys((min(sides), max(sides))))) for sides in zip(*sizes, strict=True)]
-    captioned = len({sample.prompt for sample in subject})
-    return (f"{len(paths)}" + (f", {spread[0]} pixels wide and {spread[1]} high" if sizes else "")
-            + (f", with {captioned} different captions" if captioned > 1 else ""))
-
-
 def trigger_of(args: argparse.Namespace, subject: Sequence[Sample]) -> str:
     """What calls the subject: the instance prompt, if it was trained with, or else the first caption."""
     prompt = args.instance_prompt
     return prompt if prompt and any(prompt in sample.prompt for sample in subject) else subject[0].prompt
-
-
-def card_settings(run: Run, step: int) -> str:
-    """Rows of the card's table: what the trained steps were like."""
-    args = run.args
-    batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
-    rows = {"steps": step, "pictures a step": batch, "resolution": args.resolution, "rank": args.rank,
-            "alpha": args.lora_alpha or args.rank, "learning rate": args.learning_rate,
-            "schedule": args.lr_scheduler, "optimizer": optimizer_name(args),
-            "precision": run.accelerator.mixed_precision.replace("no", "fp32"),
-            "class preserved by": prior_kind(args) or "nothing", "seed": run.seed}
-    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def write_samples(run: Run, subject: Sequence[Sample]) -> list[Path]:
@@ -3859,9 +3888,15 @@ def write_samples(run: Run, subject: Sequence[Sample]) -> list[Path]:
     return samples[:20]
 
 
-def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> list[Path]:
+def table_rows(facts: dict[str, str]) -> str:
+    """Rows of a Markdown table; prompts cannot break it."""
+    cells = {name: html.escape(" ".join(text.split())).replace("|", "&#124;") for name, text in facts.items()}
+    return "\n".join(f"| {name} | {text} |" for name, text in cells.items())
+
+
+def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts: dict[str, str]) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
-    args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
+    args, base = run.args, run.args.pretrained_model_name_or_path
     gallery, samples = sorted(validation_folder(run.output, step).glob("*.png")), write_samples(run, subject)
     trigger, drawn = with_tokens(args, trigger_of(args, subject)), run.prompts
     data = ModelCardData(
@@ -3870,72 +3905,40 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample]) -> lis
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
         widget=[{"text": with_tokens(args, drawn[int(path.stem) // args.num_validation_images]) or " ",
                  "output": {"url": path.relative_to(run.output).as_posix()}} for path in gallery] or None)
-    command, single = command_of(args, run.seed), Path(base).is_file()
-    changed = 'prediction_type="v_prediction"' + ', rescale_betas_zero_snr=True, timestep_spacing="trailing"' * bool(
-        run.scheduler.config.get("rescale_betas_zero_snr"))
+    command = command_of(args, run.seed)
     shown = "".join(f" ![picture {i}]({path.relative_to(run.output).as_posix()})" for i, path in enumerate(samples, 1))
     body = CARD.format(
-        title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, rank=args.rank,
-        pictures=run.pictures, repo=repo, trigger=trigger.replace("`", "'"),
-        tokens_line=tokens_line(args, repo), skip_argument=f", clip_skip={args.clip_skip}" if args.clip_skip else "",
-        prompt=with_tokens(args, drawn[0] if drawn else trigger), settings=card_settings(run, step),
-        data=describe_data(subject) + shown,
-        loader="from_single_file" if single else "from_pretrained", dtype="torch_dtype" if single else "dtype",
-        scheduler_line="pipeline.scheduler = type(pipeline.scheduler).from_config(\n    pipeline.scheduler.config, "
-                       f"{changed})\n" if run.scheduler.config.prediction_type == "v_prediction" else "",
+        title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=run.pictures,
+        trigger=" ".join(trigger.replace("`", "'").split()),  # a blank line would end the code, and begin markup
+        usage=usage(run, repo, with_tokens(args, drawn[0] if drawn else trigger)),
         webui=f"download `{KOHYA_FILE}` into the folder for LoRAs." if args.output_kohya_format else
         "this repository holds no file for them; `--output_kohya_format` writes one.",
-        parts=f"the UNet{' and both text encoders' * args.train_text_encoder}"
-              f"{', with new tokens in both text encoders' * args.train_text_encoder_ti}",
-        vae_line=vae_line(vae, args.single_file_config or base) if vae else "",
-        vae_argument=", vae=vae" if vae else "",
-        vae=vae or "the base model's own", command=command,
+        facts=table_rows({**facts, "Trained": f"{step} steps"}), samples=shown, command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
     with written_beside(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
     return gallery + samples
 
 
-TOKENS = """from safetensors.torch import load_file
-embeddings = load_file({file})
-for name, encoder, tokenizer in (("clip_l", pipeline.text_encoder, pipeline.tokenizer),
-                                 ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2)):
-    pipeline.load_textual_inversion(embeddings[name], token={tokens}, text_encoder=encoder, tokenizer=tokenizer)
-pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id  # as in training
-"""
-
-
-def tokens_line(args: argparse.Namespace, repo: str) -> str:
-    """The lines of a card's snippet that load the new tokens."""
-    if not args.train_text_encoder_ti:
-        return ""
-    local, place = f'"{repo}/{EMBEDDINGS_FILE}"', f'hf_hub_download("{repo}", "{EMBEDDINGS_FILE}")'
-    imports = "from huggingface_hub import hf_hub_download\n" if args.push_to_hub else ""
-    tokens = sum(new_tokens(args).values(), [])
-    return imports + TOKENS.format(file=place if args.push_to_hub else local, tokens=tokens)
-
-
-def vae_line(vae: str, config: str) -> str:
-    """The line of a card's snippet that loads another VAE."""
-    if not Path(vae).is_file():
-        return f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)\n"
-    return (f'vae = AutoencoderKL.from_single_file({vae!r}, config={config!r}, subfolder="vae", '
-            "torch_dtype=torch.float16)\n")
-
-
-HUB_WAITS = (1, 3, 9)  # seconds before the Hub is asked again
+HUB_WAITS, HUB_TIMEOUT = (1, 3, 9), 60.0  # seconds before the Hub is asked again; of silence until it counts as down
 
 
 def patiently(ask: Callable[[], Any]) -> Any:
     """Ask the Hub again where it is busy or out of reach; what it refuses stays refused."""
     for wait in HUB_WAITS:
+        get_session().timeout = HUB_TIMEOUT  # the client itself would wait for ever
         try:
             return ask()
         except Exception as error:  # its client's networking library has errors of its own, by another name each year
-            if status_of(error) in range(400, 500) and status_of(error) not in (408, 429):
+            if is_refusal(error):
                 raise
             time.sleep(wait)
     return ask()
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the Hub would answer the same again."""
+    return status_of(error) in range(400, 500) and status_of(error) not in (408, 429)
 
 
 def status_of(error: Exception) -> int:
@@ -3944,16 +3947,18 @@ def status_of(error: Exception) -> int:
 
 
 def create_repository(args: argparse.Namespace) -> str:
-    """Create the Hub repository, or find it there, before training begins; returns its id.
+    """Create the Hub repository, or find it there and writable, before training begins; returns its id.
 
     Raises UserError if the Hub refuses, HubError if it does not answer.
     """
     name, api = args.hub_model_id or Path(args.output_dir).resolve().name, HfApi(token=args.hub_token)
     private = args.hub_private_repo or None
     try:
-        return patiently(lambda: api.create_repo(name, private=private, exist_ok=True).repo_id)
+        repo = patiently(lambda: api.create_repo(name, private=private, exist_ok=True).repo_id)
+        patiently(lambda: api.auth_check(repo, write=True))  # one that exists is found by whoever may read it
+        return repo
     except Exception as error:
-        if status_of(error) in range(400, 500) or isinstance(error, ValueError):
+        if is_refusal(error) or isinstance(error, ValueError):
             raise UserError(f"--push_to_hub cannot create {name}: {first_line(error)}; is the token's right to write "
                             "there missing?") from None  # the cause holds the token
         raise HubError(f"--push_to_hub: the Hub does not answer ({first_line(error)}). Nothing was begun; try later, "
@@ -3967,8 +3972,7 @@ def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
              *[output / EMBEDDINGS_FILE] * args.train_text_encoder_ti]
 
     def upload() -> str:
-        operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path)
-                      for path in files]
+        operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path) for path in files]
         return api.create_commit(repo, operations, commit_message="LoRA, card and pictures").commit_url
 
     try:
@@ -3983,15 +3987,6 @@ def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
 # The run's phases on tensors that have shapes but no values: the peak of each in bytes, before any weight is loaded.
 
 
-class Cost(NamedTuple):
-    """What a phase takes."""
-
-    peak: int  # bytes
-    weights: int  # bytes of the peak that lie there before anything is computed
-    flops: int
-    launches: int  # operators that compute something: neither views nor queries
-
-
 ATEN = torch.ops.aten
 FLOPS = {**flop_registry,  # the CPU's attention, which keeps what flash attention keeps, is not in there
          ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
@@ -4000,7 +3995,9 @@ FLOPS = {**flop_registry,  # the CPU's attention, which keeps what flash attenti
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still live, their peak, and what was called."""
+    """Counts the bytes of the tensors that are made within it and still live, and their peak; of what is called the
+    operators, the launches (those that are neither views nor queries), and the floating-point operations.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -4011,10 +4008,6 @@ class MemoryMeter(TorchDispatchMode):
         """What lives now are the weights; count from here."""
         self.peak = self.weights = self.bytes
         self.operators = self.launches = self.flops = 0
-
-    def cost(self) -> Cost:
-        """What was counted."""
-        return Cost(self.peak, self.weights, self.flops, self.launches)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -4052,6 +4045,17 @@ def sketch(source: Source, part: str) -> nn.Module:
         return kind.from_config(kind.load_config(source.name, **keywords)).requires_grad_(False)
 
 
+def adapt_sketch(args: argparse.Namespace, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
+    """Add to sketches what is trained on their models."""
+    add_adapters(args, unet)
+    for encoder in encoders if args.train_text_encoder else ():
+        add_adapters(args, encoder)
+    for encoder in encoders if args.train_text_encoder_ti else ():
+        known = encoder.get_input_embeddings()
+        rows = torch.zeros(sum(map(len, new_tokens(args).values())), known.embedding_dim)
+        encoder.set_input_embeddings(NewTokens(known, known.num_embeddings, rows))
+
+
 def give_storage(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace a sketch's tensors by fake ones of its size: adapters in float32, the rest in dtype."""
     for module in model.modules():
@@ -4083,16 +4087,6 @@ class Rehearsal:
         first, second = (encoder.config for encoder in self.encoders)
         shape = rows, first.max_position_embeddings, self.unet.config.cross_attention_dim
         return torch.empty(shape, dtype=dtype), torch.empty(rows, second.projection_dim, dtype=dtype)
-
-    def adapt(self) -> None:
-        """Add the adapters, which fake tensors cannot bear later."""
-        add_adapters(self.args, self.unet, unet_targets(self.args), rules_of(self.args), self.args.use_dora)
-        for encoder in self.encoders if self.args.train_text_encoder else ():
-            add_adapters(self.args, encoder, text_encoder_targets(encoder, self.args.clip_skip))
-        for encoder in self.encoders if self.args.train_text_encoder_ti else ():
-            known = encoder.get_input_embeddings()
-            rows = torch.zeros(sum(map(len, new_tokens(self.args).values())), known.embedding_dim)
-            encoder.set_input_embeddings(NewTokens(known, known.num_embeddings, rows))
 
     def packed_unet(self, dtype: torch.dtype) -> nn.Module:
         """The UNet as it lies on the device; unpacked it was on the host only."""
@@ -4143,11 +4137,11 @@ class Rehearsal:
         unet = self.packed_unet(self.run.dtype)
         recompute(args, unet, trained)
         model = TrainableSDXL(unet, trained).train()
-        adapters = list(model.adapters().values())
-        state = OPTIMIZERS[optimizer_name(args)].state_bytes + 4 * args.use_ema
+        adapters = list(model.adapters.values())
+        state = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema
         moments = [torch.empty(adapter.numel() * state, dtype=torch.uint8) for adapter in adapters]
         self.meter.begin()
-        rows = args.train_batch_size * (1 + (prior_kind(args) in ("pictures", "base_model")))
+        rows = args.train_batch_size * (1 + (args.prior_preservation in ("pictures", "base_model")))
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
         latents = torch.empty(2, rows, 4, self.side, self.side)
         text = (ids, ids) if trained else self.text(rows, self.run.dtype)
@@ -4159,9 +4153,9 @@ class Rehearsal:
 
 
 @torch.no_grad()
-def estimate_memory(run: Run) -> dict[str, Cost]:
+def estimate_memory(run: Run) -> dict[str, MemoryMeter]:
     """The cost of each phase that the run will have; no weight is read and no kernel is run."""
-    args, prior, validation = run.args, prior_kind(run.args) == "pictures", bool(run.prompts)
+    args, prior, validation = run.args, run.args.prior_preservation == "pictures", bool(run.prompts)
     if args.base_precision == "nf4":
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
     encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
@@ -4178,20 +4172,23 @@ def estimate_memory(run: Run) -> dict[str, Cost]:
         if happens:
             rehearsal = Rehearsal(run, encoders)
             if name == "training":
-                rehearsal.adapt()
+                adapt_sketch(args, rehearsal.unet, encoders)
             with FakeTensorMode(allow_non_fake_inputs=True), rehearsal.meter:
                 phase(rehearsal)
-            costs[name] = rehearsal.meter.cost()
+            costs[name] = rehearsal.meter
     return costs
 
 
-def largest(costs: dict[str, Cost]) -> tuple[str, float]:
+def largest(costs: dict[str, MemoryMeter]) -> tuple[str, float]:
     """The phase with the highest peak, and that in GB."""
     name = max(costs, key=lambda phase: costs[phase].peak)
     return name, costs[name].peak / GB
 
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that are checkpointed
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that are checkpointed: each estimate takes seconds
+CURES = {"training": "a smaller --resolution or --train_batch_size", None: "a smaller --resolution",
+         "latents": "a smaller --resolution, or a VAE that does without float32,",
+         "decoding": "a smaller --validation_resolution, or a VAE that does without float32,"}
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as sold, 2**30 bytes each: what is over here is for the context
 
 
@@ -4200,26 +4197,25 @@ def free_gb(device: torch.device) -> float | None:
     return torch.cuda.mem_get_info(device)[0] / GB - 0.5 if device.type == "cuda" else None
 
 
-def memory_budget(run: Run) -> float | None:
-    """The GB that the run may take, alike on all ranks: what was asked for, or else what is free on the first one."""
-    return broadcast_object_list([run.args.vram_budget or free_gb(run.device)])[0]
+def within_budget(run: Run) -> tuple[Run, float | None]:
+    """The run with flags that fit, where they are to be chosen, and the GB that it may take if anybody knows them.
 
-
-def within_budget(run: Run, budget: float | None) -> Run:
-    """The run with flags that fit, where they are to be chosen; else a warning where they do not. Raises UserError."""
+    Where nothing is to be chosen, a warning if it will not fit. Raises UserError.
+    """
     args = run.args
+    budget = broadcast_object_list([args.vram_budget or free_gb(run.device)])[0]  # alike on all ranks
     if args.vram_budget or args.checkpoint_blocks == AUTO_BLOCKS:
         if budget is None:
             raise UserError(f"--checkpoint_blocks auto cannot tell how much memory {run.device} has: add "
                             "--vram_budget.")
         run, told = fit_budget(run, budget)
         say([("Memory", told)])
-    elif budget is not None and IS_FIRST_RANK and not args.estimate_memory:
+    elif budget is not None and is_first_rank() and not args.estimate_memory:
         name, peak = largest(estimate_memory(run))
         if peak > budget:
             logger.warning("warning: this will not fit: %s takes %.3g GB, and %.3g are free. --vram_budget %.3g "
                            "chooses flags that fit.", name, peak, budget, budget)
-    return run
+    return run, budget
 
 
 def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
@@ -4227,23 +4223,25 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
 
     Raises UserError with the smallest budget that would do.
     """
-    count, given = len(blocks_of(sketch(run.base, "unet"))), run.args.base_precision
-    smaller = ("int8", "nf4") if given == "auto" and not run.args.use_dora else ()  # DoRA needs the weights unpacked
-    ladder = [(given, share) for share in SHARES] + [(precision, 1.0) for precision in smaller]
+    args, all_ = run.args, len(blocks_of(sketch(run.base, "unet")))
+    least = min(all_, max(0, checkpointed(args)))  # what was asked for stays
+    smaller = ("int8", "nf4") if args.base_precision == "auto" and not args.use_dora else ()  # DoRA needs it unpacked
+    ladder = [(args.base_precision, max(least, round(share * all_))) for share in SHARES]
+    ladder = [*dict.fromkeys(ladder), *((precision, all_) for precision in smaller)]
 
     @functools.cache
     def rung(number_: int) -> tuple[Run, str, float]:
-        precision, share = ladder[number_]
-        chosen = {"base_precision": precision, "checkpoint_blocks": round(share * count), "vram_budget": None,
-                  "gradient_checkpointing": share == 1}  # a run that starts again from its settings has chosen
-        fitted = replace(run, args=argparse.Namespace(**{**vars(run.args), **chosen}))
+        precision, count = ladder[number_]
+        chosen = {"base_precision": precision, "checkpoint_blocks": count, "gradient_checkpointing": count == all_,
+                  "sample_batch_size": 1, "vram_budget": None}  # a run that starts again from its settings has chosen
+        fitted = replace(run, args=argparse.Namespace(**{**vars(args), **chosen}))
         return fitted, *largest(estimate_memory(fitted))
 
     found = bisect.bisect_left(range(len(ladder)), True, key=lambda number_: rung(number_)[2] <= budget)
     fitted, name, peak = rung(min(found, len(ladder) - 1))
     if peak > budget:
         raise UserError(f"--vram_budget {budget:.3g} is too small: with all that saves memory the largest phase, "
-                        f"{name}, takes {peak:.3g} GB; a smaller --resolution or --train_batch_size helps.")
+                        f"{name}, takes {math.ceil(100 * peak) / 100:g} GB; {CURES.get(name, CURES[None])} helps.")
     return fitted, (f"--base_precision {fitted.args.base_precision} --checkpoint_blocks "
                     f"{fitted.args.checkpoint_blocks}: the largest phase, {name}, takes {peak:.3g} of {budget:.3g} GB")
 
@@ -4272,13 +4270,14 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set accelerate up. Raises UserError for what does not work here, TrainingError if no other process is found."""
     if args.local_rank >= 0 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    trackers = [name for name in TRACKERS if args.report_to == name or args.report_to == "all"
+                and importlib.util.find_spec(name) is not None]
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
     timeout = timedelta(seconds=args.ddp_timeout)
     try:
         meet_again(timeout)
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=trackers_of(args), project_config=project,
+            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     except ValueError as error:
         cure = "; use --mixed_precision bf16 or no" if "precision" in str(error) else ""
@@ -4286,6 +4285,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     except RuntimeError as error:
         raise TrainingError(f"the processes did not find each other ({first_line(error)}); is every machine's address "
                             "and port right?") from error
+    accelerator.gradient_accumulation_steps = 1  # the loop divides; a launcher's setting would divide again
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees one: is "
                         "there a GPU for each? Without any, set ACCELERATE_USE_CPU=true.")
@@ -4307,22 +4307,17 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
         check_fp8(accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    stop = stop or StopSignals(None, None)
+    quiet(args.log_level)  # a notebook's children know their ranks only now
+    stop = stop or StopSignals()
     seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
     store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
     with accelerator.local_main_process_first():
         base, vae = find_sources(args, store)
     scheduler, zeros, factor = load_base_config(base, vae)
+    check_clip_skip(base, args.clip_skip)
     return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store,
                with_prediction(scheduler, args.prediction_type, args.rescale_betas_zero_snr), zeros, factor,
                prompts=tuple(prompts_to_draw(args)))
-
-
-def trackers_of(args: argparse.Namespace) -> list[str]:
-    """The trackers that are asked for, or all that are installed."""
-    if args.report_to == "all":
-        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
-    return [name for name in TRACKERS if name == args.report_to]
 
 
 def check_fp8(device: torch.device) -> None:
@@ -4353,21 +4348,18 @@ def say(rows: Iterable[tuple[str, str]]) -> None:
 
 def describe_adapters(run: Run) -> str:
     """What will be trained: kind, rank, layers, parameters, megabytes; no weights are read. Raises UserError."""
-    args, told, trained = run.args, [], []
-    for part in ("unet", *(TEXT_ENCODERS if args.train_text_encoder else ())):
-        model, is_unet = sketch(run.base, part), part == "unet"
-        add_adapters(args, model, unet_targets(args) if is_unet else text_encoder_targets(model, args.clip_skip),
-                     rules_of(args) if is_unet else (), args.use_dora and is_unet)
-        layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
-        ranks = sorted({layer.r["default"] for layer in layers})
-        told.append(f"rank {', '.join(map(str, ranks))} on {len(layers)} layers of the {part.replace('unet', 'UNet')}")
-        trained += [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    count = sum(map(len, new_tokens(args).values()))
-    if count:
-        told.append(f"{count} new tokens in both text encoders")
-        trained += [count * sketch(run.base, part).config.hidden_size for part in TEXT_ENCODERS]
+    args = run.args
+    parts = {part: sketch(run.base, part) for part in ("unet", *(TEXT_ENCODERS if trains_text(args) else ()))}
+    unet, *encoders = parts.values()
+    adapt_sketch(args, unet, encoders)
+    layers = {part: [layer for layer in model.modules() if hasattr(layer, "lora_A")] for part, model in parts.items()}
+    told = [f"rank {', '.join(map(str, sorted({layer.r['default'] for layer in own})))} on {len(own)} layers of the "
+            f"{part.replace('unet', 'UNet')}" for part, own in layers.items() if own]
+    if args.train_text_encoder_ti:
+        told.append(f"{sum(map(len, new_tokens(args).values()))} new tokens in both text encoders")
+    count = sum(p.numel() for model in parts.values() for p in model.parameters() if p.requires_grad)
     kind = "DoRA, " if args.use_dora else "rank-stabilised, " if args.use_rslora else ""
-    return f"{kind}{'; '.join(told)}: {sum(trained) / 1e6:.2f} M parameters, {4 * sum(trained) / 1e6:.1f} MB"
+    return f"{kind}{'; '.join(told)}: {count / 1e6:.2f} M parameters, {4 * count / 1e6:.1f} MB"
 
 
 def prediction_of(scheduler: Any) -> str:
@@ -4377,40 +4369,43 @@ def prediction_of(scheduler: Any) -> str:
     return "; predicts velocity" + ", zero terminal SNR" * bool(scheduler.config.get("rescale_betas_zero_snr"))
 
 
-def say_plan(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
-    """Tell what is about to happen: what, how many, how long, where it goes."""
+def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> dict[str, str]:
+    """What plan and card tell of a run, by the name of the row; no paths of this machine but the base model's."""
     args, prompts = run.args, list(dict.fromkeys(sample.prompt for sample in subject))
     more = f" and {len(prompts) - 1} other captions" if len(prompts) > 1 else ""
-    where = args.dataset_name or args.instance_data_dir
+    sizes = zip(*(picture_size(path) for path in {sample.path for sample in subject}), strict=True)
+    wide, high = (" to ".join(map(str, dict.fromkeys((min(sides), max(sides))))) for sides in sizes)
     shapes = ", ".join(f"{width}x{height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets)))
-    precision = run.accelerator.mixed_precision.replace("no", "fp32")
     packed = "" if args.base_precision == "auto" else f", its linear layers in {args.base_precision},"
-    passes = schedule.total_steps / schedule.steps_per_epoch
+    batch, passes = schedule.samples_per_step, schedule.total_steps / schedule.steps_per_epoch
     of_class = {
         None: "", "dco": "direct consistency: no prediction goes far from the base model's",
-        "pictures": f'{args.num_class_images} pictures in {args.class_data_dir} (drawn if missing): '
-                    f'"{args.class_prompt}"',
+        "pictures": f'{args.num_class_images} pictures of "{args.class_prompt}", drawn if missing',
         "base_model": f'what the base model predicts for "{args.class_prompt}"'}
-    say([
-        ("Subject", f'{run.pictures} picture{"s" * (run.pictures > 1)} in {where}: "{prompts[0]}"{more}'),
-        ("Buckets", shapes if args.aspect_ratio_buckets else ""),
-        ("Class", of_class[prior_kind(args)]),
-        ("Base", f"{args.pretrained_model_name_or_path} in {precision}{packed} on {run.device}"
-                 f"{prediction_of(run.scheduler)}"),
-        ("LoRA", describe_adapters(run)),
-        ("Optimizer", f"{optimizer_name(args)}, rate {args.learning_rate:g}, {args.lr_scheduler}"),
-        ("Steps", f"{schedule.total_steps} of {schedule.samples_per_step} pictures at {args.resolution} px, which is "
-                  f"{passes:.0f} passes; seed {run.seed}"),
-        ("Output", f"{args.output_dir}; latents of the subject take up to {megabytes(cache_bytes(run, len(subject)))} "
-                   f"in {run.store.folder}"),
-    ])
+    facts = {
+        "Subject": f'{run.pictures} picture{"s" * (run.pictures > 1)}, {wide} pixels wide and {high} high: '
+                   f'"{prompts[0]}"{more}',
+        "Buckets": shapes if args.aspect_ratio_buckets else "",
+        "Class": of_class[args.prior_preservation],
+        "Base": f"{args.pretrained_model_name_or_path} in {run.accelerator.mixed_precision.replace('no', 'fp32')}"
+                f"{packed} on {run.device}{prediction_of(run.scheduler)}",
+        "VAE": args.pretrained_vae_model_name_or_path or "",
+        "LoRA": describe_adapters(run),
+        "Optimizer": f"{args.optimizer}, rate {args.learning_rate:g}, {args.lr_scheduler}",
+        "Steps": f"{schedule.total_steps} of {batch} pictures at {args.resolution} px, which is {passes:.0f} passes; "
+                 f"seed {run.seed}"}
+    return {name: text for name, text in facts.items() if text}
+
+
+def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
+    """Tell of what is odd about pictures and captions, and of a run that is too short."""
     if not args.max_train_steps and not args.steps_per_image and args.num_train_epochs == 1:
         logger.warning("warning: one pass over the pictures is far too little to learn a subject; --steps_per_image "
                        "100 is a beginning.")
-    if args.instance_prompt and not any(args.instance_prompt in prompt for prompt in prompts):
+    if args.instance_prompt and not any(args.instance_prompt in sample.prompt for sample in subject):
         logger.warning("warning: all pictures have captions, and --instance_prompt is in none of them; "
                        "{instance_prompt} in a caption stands for it.")
-    for fault in examine(args, subject, buckets) if IS_FIRST_RANK else ():
+    for fault in examine(args, subject, buckets) if is_first_rank() else ():
         logger.warning("warning: %s", fault)
 
 
@@ -4418,9 +4413,9 @@ def say_estimate(run: Run, budget: float | None) -> None:
     """Tell what each phase takes, computed, and whether that fits."""
     costs = estimate_memory(run)
     logger.info("%-15s%9s%9s%9s%9s%10s", "computed", "peak GB", "weights", "at work", "TFLOP", "launches")
-    for phase, (peak, weights, flops, launches) in costs.items():
-        sizes = (size / GB for size in (peak, weights, peak - weights))
-        logger.info("%-15s%9.3f%9.3f%9.3f%9.3g%10s", phase, *sizes, flops / 1e12, f"{launches:,}")
+    for phase, cost in costs.items():
+        sizes = (size / GB for size in (cost.peak, cost.weights, cost.peak - cost.weights))
+        logger.info("%-15s%9.3f%9.3f%9.3f%9.3g%10s", phase, *sizes, cost.flops / 1e12, f"{cost.launches:,}")
     logger.info("Operations are those of one picture, one prompt, one denoising step and one training step.")
     name, peak = largest(costs)
     room = budget or next((card for card in CARDS if peak <= card), CARDS[-1])
@@ -4434,10 +4429,8 @@ def say_estimate(run: Run, budget: float | None) -> None:
 def main(args: argparse.Namespace) -> None:
     """Train as args say, or tell what it would take."""
     started = time.perf_counter()
-    with StopSignals(args.max_train_minutes, args.checkpointing_minutes) as stop:
-        run = start(args, stop)
-        budget = memory_budget(run)
-        run = within_budget(run, budget)
+    with StopSignals(args.max_train_minutes, args.checkpointing_minutes, args.ddp_timeout) as stop:
+        run, budget = within_budget(start(args, stop))
         if args.estimate_memory:
             say_estimate(run, budget)
             return
@@ -4450,13 +4443,18 @@ def main(args: argparse.Namespace) -> None:
         run = replace(run, pictures=len({sample.path for sample in subject}))
         buckets = bucket_of_each(run.args, subject)
         schedule = plan_steps(run.args, len(subject), run.accelerator.num_processes)
-        say_plan(run, schedule, subject, buckets)
+        facts = facts_of(run, schedule, subject, buckets)
+        size = megabytes(cache_bytes(run, len(subject)))
+        say([("Pictures", args.dataset_name or args.instance_data_dir), *facts.items(),
+             ("Output", f"{args.output_dir}; latents of the subject take up to {size} in {run.store.folder}")])
+        warn_of_data(run.args, subject, buckets)
+        warn_of_long_prompts(run, prompts_of(run, subject))
         if run.args.dry_run:
             say_estimate(run, budget)
             return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
-        with alone_in(run.output), explained(run):
-            teach(run, objective, repo, subject, buckets, schedule, started)
+        with alone_in(run.output, run.store.folder), explained(run):
+            teach(run, objective, repo, subject, buckets, schedule, facts, started)
 
 
 @contextmanager
@@ -4477,29 +4475,26 @@ def explained(run: Run) -> Iterator[None]:
 
 
 def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], buckets: Sequence[Bucket],
-          schedule: Schedule, started: float) -> None:
+          schedule: Schedule, facts: dict[str, str], started: float) -> None:
     """The phases of a run: the table of contents."""
     args = run.args
     make_class_images(run)
     samples = subject + class_samples(args, subject)
     check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
-    prompts = [*(sample.prompt for sample in samples), *run.prompts, args.validation_negative_prompt,
-               args.class_prompt if args.monitor_steps else None]
-    table = build_text(run, prompts, trains_text(args), run.dtype)
+    table = build_text(run, prompts_of(run, samples), trains_text(args), run.dtype)
     cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
     rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
     order = Order(rows, range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
     check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
-    open_output(run)
     report = functools.partial(write_report, run, subject, buckets)
     events = Events(make_validator(run, model, table, report), make_settler(args, model, table, schedule.total_steps),
                     make_monitor(run, model, cache, table, objective))
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective, events, schedule,
                     cache.digest)
     if run.accelerator.is_main_process:
-        finish(run, model, outcome, repo, subject, report, (time.perf_counter() - started) / 60)
+        finish(run, model, outcome, repo, subject, facts, report, (time.perf_counter() - started) / 60)
     with hushed():
         if args.report_to in ("trackio", "all") and "trackio" in sys.modules:
             sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
@@ -4510,54 +4505,32 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
                       f"with\n    {command} --resume_from_checkpoint latest")
 
 
+def prompts_of(run: Run, samples: Iterable[Sample]) -> list[str]:
+    """All prompts that a run needs, but the empty one."""
+    others = (*run.prompts, run.args.validation_negative_prompt, run.args.class_prompt)
+    return [*(sample.prompt for sample in samples), *filter(None, others)]
+
+
 def cache_bytes(run: Run, samples: int) -> int:
     """The most that the latents of so many samples take on the disk."""
     views = 1 if run.args.center_crop and not run.args.random_flip else run.args.cache_variants
-    latent = 4 * (run.args.resolution // run.vae_factor) ** 2
-    return samples * views * latent * 2 * 4  # mean and std in float32
+    places = (run.args.resolution // run.vae_factor) ** 2
+    return samples * views * places * 9 * 4  # mean, std and mask in float32
 
 
 def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: Schedule) -> int:
     """The most that checkpoints and the LoRA take on the disk at once; the one being written counts."""
-    adapters = sum(parameter.nbytes for parameter in model.adapters().values())
+    adapters = sum(parameter.nbytes for parameter in model.adapters.values())
     checkpoints = 1 + min(args.checkpoints_total_limit or math.inf, schedule.total_steps // args.checkpointing_steps)
-    state = OPTIMIZERS[optimizer_name(args)].state_bytes + 4 * args.use_ema  # beside the LoRA and the adapters
+    state = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema  # beside the LoRA and the adapters
     return adapters + checkpoints * adapters * (2 + state / 4)
 
 
-def set_aside(output: Path) -> None:
-    """Move what an earlier run left, checkpoints and pictures, where it cannot be taken for this one's."""
-    pictures = [path for path in (output / "validation").glob("step-*") if path.name != "step-000000"]
-    old = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    if not old and not pictures:
-        return
-    place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
-    place.mkdir()
-    for path in (*old, *[output / "validation"] * (output / "validation").is_dir()):
-        path.replace(place / path.name)
-    say([("Earlier", f"checkpoints and pictures of the run before are now in {place}")])
-
-
-def open_output(run: Run) -> None:
-    """Make the output folder, leave the run's flags there and begin the tracker's run, without secrets."""
-    args = run.args
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    if run.accelerator.is_main_process:
-        (run.output if args.report_to == "none" else logging_dir).mkdir(parents=True, exist_ok=True)
-        if find_checkpoint(args.resume_from_checkpoint, run.output) is None:
-            set_aside(run.output)
-        write_config(args, run.seed)
-    settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
-                for key, value in public_settings(args, run.seed).items()}
-    with hushed():
-        run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
-
-
 def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject: Sequence[Sample],
-           report: Callable[[], None], minutes: float) -> None:
+           facts: dict[str, str], report: Callable[[], None], minutes: float) -> None:
     """Write LoRA and card, push them unless the run was stopped, and tell where everything is."""
     path, address = run.output / LORA_FILE, ""
-    gallery = write_card(run, repo, outcome.step, subject)
+    gallery = write_card(run, repo, outcome.step, subject, facts)
     report()
     if run.args.push_to_hub and not outcome.stopped_by:
         address = push(run.args, repo, gallery)

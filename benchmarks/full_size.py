@@ -110,7 +110,7 @@ def training_step(run: trainer.Run) -> Callable[[], None]:
     moments = torch.rand(2, rows, 4, side, side, device=device)
     batch = trainer.Batch(*moments, (text[0], text[1].to(run.dtype)), sizes, torch.ones(rows, device=device), rows)
     objective = trainer.make_objective(run.args, run.scheduler, device)
-    optimizer, adapters = trainer.make_optimizer(run.args, model, 1), list(model.adapters().values())
+    optimizer, adapters = trainer.make_optimizer(run.args, model, 1), list(model.adapters.values())
 
     def step() -> None:
         trainer.diffusion_loss(model, objective, batch).total.backward()

@@ -32,7 +32,7 @@ def fake_unet(base: Path, adapted: bool) -> nn.Module:
     unet = trainer.sketch(trainer.Source(str(base)), "unet")
     if adapted:
         flags = trainer.make_parser().parse_args(["--pretrained_model_name_or_path", str(base)])
-        trainer.add_adapters(flags, unet, trainer.unet_targets(flags))
+        trainer.add_adapters(flags, unet)
     return unet
 
 
@@ -65,7 +65,7 @@ def usual(unet: nn.Module, meter: trainer.MemoryMeter) -> dict[str, int]:
 def ours(unet: nn.Module, meter: trainer.MemoryMeter) -> dict[str, int]:
     """Lean adapters, no autocast, fused AdamW."""
     model = trainer.TrainableSDXL(unet).train()
-    adapters = list(model.adapters().values())
+    adapters = list(model.adapters.values())
     optimizer = with_moments(torch.optim.AdamW(adapters, fused=True))
     text = (torch.empty(1, 77, 2048, dtype=DTYPE), torch.empty(1, 1280, dtype=DTYPE))
     latents = torch.empty(1, 4, 128, 128)

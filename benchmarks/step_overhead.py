@@ -93,7 +93,7 @@ def time_steps(base: Path, out: Path, pairs: int) -> list[tuple[float, float]]:
 
 def make_bare_step(model: trainer.TrainableSDXL, batch: trainer.Batch) -> Callable[[], None]:
     """Forward, mean squared error, backward and AdamW on copies of the adapters' gradients: nothing else."""
-    adapters = list(model.adapters().values())
+    adapters = list(model.adapters.values())
     optimizer = torch.optim.AdamW(adapters, lr=0.0)
     noise, timesteps = torch.randn_like(batch.mean), torch.full((len(batch.mean),), 500)
     added = {"text_embeds": batch.text[1], "time_ids": batch.add_time_ids}

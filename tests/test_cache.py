@@ -71,6 +71,21 @@ def test_trap_13_a_change_encodes_exactly_what_changed(train, pictures, tiny, tm
         assert encoded == expected
 
 
+def test_random_crops_are_found_by_another_run_and_beside_another_picture(train, pictures, tmp_path, encoded):
+    """Without a seed, and with a picture before all others: views follow from the picture alone."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    flags = {"cache_latents_dir": tmp_path / "cache", "instance_data_dir": folder, "random_flip": True, "seed": None}
+    train(**flags)
+    assert len(encoded) > 5
+    encoded.clear()
+    train(**flags)
+    assert encoded == []
+    ImageOps.invert(Image.open(folder / "3.png")).save(folder / "0-first.png")
+    train(**flags)
+    assert set(encoded) == {"0-first.png"}
+
+
 def test_trap_13_another_vae_or_precision_makes_a_cache_of_its_own(train, tiny, tmp_path, encoded):
     flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True}
     train(**flags)
@@ -132,23 +147,46 @@ def test_a_cache_folder_that_cannot_be_written_is_refused_at_the_door(train, tmp
         train.args(cache_latents_dir=tmp_path / "file" / "cache")
 
 
-def test_trap_24_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
-    """What the loop holds of a picture is a path, a key and six numbers."""
-    import time
-    import tracemalloc
+GROWTH = """
+import resource, sys, time
+from pathlib import Path
+import torch
+import train_dreambooth_lora_sdxl as trainer
 
+torch.set_num_threads(1)
+count, store = int(sys.argv[1]), trainer.Store(Path(sys.argv[2]))
+keys = [trainer.content_key(i) for i in range(count)]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+cpu = torch.device("cpu")
+views = trainer.open_views(store, keys, cpu, 1.0)
+read = lambda i: tuple(store.get(keys[i], cpu)[name] for name in ("embeds", "pooled"))
+rows = trainer.resident(read, count, store.size(keys[0]))
+table = trainer.TextTable({str(i): i for i in range(count)} | {"": 0}, rows)
+places = {(i, (1024, 1024)): [i] for i in range(count)}
+cache = trainer.Cache(views, torch.zeros(count, 6), places, [(1024, 1024)] * count, torch.ones(count),
+                      list(range(count)), ["name"] * count, "", 0.0)
+order = trainer.Order([range(count)], (), 4, seed=0)
+begun = time.perf_counter()
+for n in range(50):
+    batch = cache.batch(table, order, n)
+    assert batch.mean.shape == (4, 4, 128, 128) and batch.text[0].shape == (4, 77, 2048)
+print(peak() - before, (time.perf_counter() - begun) / 50)
+"""
+
+
+def test_trap_24_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
+    """Latents and embeddings of captions at their real size: what the loop holds of a picture is a few numbers."""
     store = trainer.Store(tmp_path)
     keys = [trainer.content_key(i) for i in range(10_000)]
-    row = torch.zeros(4, 128, 128)
-    store.put(keys[0], mean=row, std=row.clone())
+    embeds = {"embeds": torch.zeros(77, 2048, dtype=torch.bfloat16), "pooled": torch.zeros(1280, dtype=torch.bfloat16)}
+    store.put(keys[0], view=torch.ones(9, 128, 128), **embeds)
     for key in keys[1:]:
         os.link(store.path(keys[0]), store.path(key))
-    tracemalloc.start()
-    moments = trainer.make_moments(store, keys, torch.device("cpu"))
-    order = trainer.Order([range(10_000)], (), 4, seed=0)
-    begun = time.perf_counter()
-    for n in range(50):
-        assert moments(order.rows(n))[0].shape == (4, 4, 128, 128)
-    assert (time.perf_counter() - begun) / 50 < 0.1
-    assert tracemalloc.get_traced_memory()[1] < 50e6
-    tracemalloc.stop()
+    told = []
+    for count in (10, 10_000):
+        words = [sys.executable, "-c", GROWTH, str(count), str(tmp_path)]
+        told.append(subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+    (few_bytes, few_seconds), (many_bytes, many_seconds) = ([float(word) for word in words] for words in told)
+    assert many_bytes - few_bytes < 200e6
+    assert many_seconds - few_seconds < 0.1  # four reads of a megabyte, beside a step of a second

@@ -84,8 +84,8 @@ def test_captions_reach_the_batches_and_dropout_empties_them(train, folder):
     cache = trainer.build_cache(run, samples, [(16, 16)] * 2, table)
     order, seen = trainer.Order([range(2)], (), 2, 0), Counter()
     for n in range(400):
-        for row, embeds in zip(order.rows(n), cache.batch(table, order, n).text[0], strict=True):
-            found = [prompt for prompt in table.prompts if torch.equal(table.of(prompt)[0][0], embeds)]
+        for (row, _), embeds in zip(order.rows(n), cache.batch(table, order, n).text[0], strict=True):
+            found = [prompt for prompt in table.numbers if torch.equal(table.of(prompt)[0][0], embeds)]
             assert found in ([samples[row].prompt], [""])
             seen[found[0]] += 1
     assert 0.2 < seen[""] / 800 < 0.3
@@ -191,7 +191,7 @@ def test_rows_of_a_batch_share_a_bucket_and_have_their_own_time_ids(train, shape
     rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
     order, seen = trainer.Order(rows, range(5, 6), 2, 0), set()
     for n in range(40):
-        batch, numbers = cache.batch(table, order, n), order.rows(n)
+        batch, numbers = cache.batch(table, order, n), [row.sample for row in order.rows(n)]
         width, height = buckets[numbers[0]]
         assert batch.mean.shape == (4, 4, height // run.vae_factor, width // run.vae_factor)
         assert batch.add_time_ids[:, 4:].tolist() == [[height, width]] * 4
@@ -222,7 +222,7 @@ def test_a_data_set_is_read_through_datasets(train, folder, tmp_path, kind, caps
     output = train(**flags)
     told = capsys.readouterr().out
     samples = trainer.instance_samples(train.args(**flags))
-    assert f"pictures in {source}" in told and {"red", "green"} == {sample.prompt for sample in samples}
+    assert str(source) in told and {"red", "green"} == {sample.prompt for sample in samples}
     kept = trainer.pictures_folder(train.args(**flags))
     assert kept.is_relative_to(output / "cache") and {path.suffix for path in kept.iterdir()} >= {".png", ".jpeg"}
     first = next(sample.path for sample in samples if sample.prompt == "red")
@@ -330,7 +330,7 @@ def test_the_masked_loss_is_the_weighted_mean(train, masked):
     noise = torch.randn_like(batch.mean)
     error = ((answer - noise) ** 2).mean(dim=1)
     means = [(error[i] * batch.mask[i, 0]).sum() / batch.mask[i, 0].sum() for i in range(2)]
-    expected = means[0] * objective.weight[seen["t"][0]] + 0.3 * means[1] * objective.weight[seen["t"][1]]
+    expected = means[0] * objective.table.weight[seen["t"][0]] + 0.3 * means[1] * objective.table.weight[seen["t"][1]]
     torch.testing.assert_close(loss, expected)
 
 

@@ -95,7 +95,7 @@ def test_traps_7_31_34_37_two_processes_equal_one_with_twice_the_accumulation(tr
 def test_gradients_are_shared_in_one_flat_tensor_of_four_bytes_a_parameter(train):
     """Once a step, whatever the accumulation; the frozen base is neither wrapped nor sent."""
     model = trainer.load_trainable(trainer.start(train.args(mixed_precision="bf16")))
-    adapters = list(model.adapters().values())
+    adapters = list(model.adapters.values())
     for number, adapter in enumerate(adapters):
         adapter.grad = torch.full_like(adapter, number)
     sent = []

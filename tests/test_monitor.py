@@ -29,19 +29,19 @@ def test_fit_is_the_loss_and_drift_is_nothing_before_training(train, kind):
     told = trainer.make_monitor(run, model, cache, table, objective)(2)
     assert told["monitor/drift"] == 0
     ddpm = DDPMScheduler.from_config(run.scheduler.config)
-    latents, losses = cache.shelves[0].moments([views[0] for views in cache.shelves[0].views.values()]).mean, []
+    first, losses = [views[0] for views in cache.views.values()], []
+    latents, ids = cache.moments(first)[0], cache.add_time_ids[first]
     for t in range(62, 1000, 125):
         generator = torch.Generator().manual_seed(trainer.position_seed(run.seed, "monitor", t))
         noise, steps = torch.randn(latents.shape, generator=generator), torch.tensor([t] * 5)
         target = noise if kind == "epsilon" else ddpm.get_velocity(latents, noise, steps)
-        noisy = objective.a[t] * latents + objective.b[t] * noise
-        ids = torch.cat([cache.shelves[0].add_time_ids[[views[0]]] for views in cache.shelves[0].views.values()])
+        noisy = objective.table.a[t] * latents + objective.table.b[t] * noise
         with torch.no_grad():
             answer = model(noisy, steps, table.at([0] * 5), ids)
         losses.append(float((answer - target).square().mean()))
     assert told["monitor/fit"] == pytest.approx(statistics.mean(losses), rel=1e-4)
     with torch.no_grad():
-        for name, adapter in model.adapters().items():
+        for name, adapter in model.adapters.items():
             adapter.add_(0.1 if "lora_B" in name else 0)
     assert trainer.make_monitor(run, model, cache, table, objective)(2)["monitor/drift"] > 0
     assert trainer.make_monitor(run, model, cache, table, objective)(3) == {}

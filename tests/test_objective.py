@@ -214,8 +214,8 @@ def test_traps_1_2_prior_preservation_is_mean_plus_weighted_mean(gamma, kind, si
     torch.randn_like(rows.mean)
     noise = torch.randn_like(rows.mean)
     x, t = told[0]
-    column = objective.weight[t]
-    target = objective.c[t][WIDE] * rows.mean + objective.d[t][WIDE] * noise
+    column = objective.table.weight[t]
+    target = objective.table.c[t][WIDE] * rows.mean + objective.table.d[t][WIDE] * noise
     row_loss = ((0.1 * x - target) ** 2).mean(dim=(1, 2, 3))
     weighted = column * row_loss
     torch.testing.assert_close(loss.total, weighted[:size].mean() + 0.7 * weighted[size:].mean())
@@ -375,10 +375,8 @@ def test_losses_are_told_by_range_of_timesteps(train):
     assert names == {"loss/timesteps 0-249", "loss/timesteps 250-499"}
     assert "loss/timesteps 0-249" in (output / "report.html").read_text()
     run = trainer.start(train.args())
-    progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1), 0)
-    progress.rows = [
-        (torch.tensor([0, 249, 250]), torch.tensor([1.0, 3.0, 5.0])),
-        (torch.tensor([999]), torch.tensor([7.0])),
-    ]
+    progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1, 1), 0)
+    seen = [(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 249, 250])), (torch.tensor([7.0]), torch.tensor([999]))]
+    progress.seen = [(1, (), trainer.Loss(rows.mean(), rows, timesteps)) for rows, timesteps in seen]
     expected = {"loss/timesteps 0-249": 2.0, "loss/timesteps 250-499": 5.0, "loss/timesteps 750-999": 7.0}
     assert progress.by_timestep() == expected

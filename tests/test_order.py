@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from train_dreambooth_lora_sdxl import Order, micro_batches, plan_epoch, plan_steps, position_seed, shuffled
+from train_dreambooth_lora_sdxl import Order, micro_batches, plan_epoch, plan_steps, position_seed, seat, shuffled
 
 
 @pytest.mark.parametrize("rows, batch_size", [(5, 4), (5, 1), (1, 3), (7, 7), (3, 8), (12, 5)])
@@ -12,8 +12,17 @@ def test_trap_9_every_batch_is_full_and_every_picture_counts_alike(rows, batch_s
     order = Order([range(rows)], (), batch_size, seed=3)
     batches = [order.rows(n) for n in range(rows * 6)]
     assert all(len(batch) == batch_size for batch in batches)
-    counts = Counter(row for batch in batches for row in batch)
+    counts = Counter(row.sample for batch in batches for row in batch)
     assert set(counts.values()) == {6 * batch_size}
+
+
+def test_looks_are_counted():
+    """The n-th time that a sample comes, it was looked at n times before."""
+    seen = Counter()
+    for position in range(70):
+        sample, looks = seat(range(7), 3, position)
+        assert looks == seen[sample]
+        seen[sample] += 1
 
 
 def test_epochs_differ_and_are_reproducible():
@@ -24,7 +33,8 @@ def test_epochs_differ_and_are_reproducible():
 
 def test_buckets_never_mix_and_nobody_is_dropped():
     buckets = [(0, 1, 2), (3,), (4, 5, 6, 7, 8)]
-    batches = [batch for epoch in range(4) for batch in plan_epoch(buckets, 4, 0, epoch)]
+    seats = [batch for epoch in range(4) for batch in plan_epoch(buckets, 4, 0, epoch)]
+    batches = [[row.sample for row in batch] for batch in seats]
     assert all(any(set(batch) <= set(bucket) for bucket in buckets) for batch in batches)
     counts = Counter(row for batch in batches for row in batch)
     assert set(counts) == set(range(9)) and set(counts.values()) == {4}
@@ -33,9 +43,9 @@ def test_buckets_never_mix_and_nobody_is_dropped():
 def test_class_rows_stand_beside_instance_rows():
     order = Order([range(5)], range(5, 12), 3, seed=0)
     for n in range(10):
-        rows = order.rows(n)
+        rows = [row.sample for row in order.rows(n)]
         assert all(row < 5 for row in rows[:3]) and all(row >= 5 for row in rows[3:]) and len(rows) == 6
-    assert set(Counter(row for n in range(7) for row in order.rows(n)[3:]).values()) == {3}
+    assert set(Counter(row.sample for n in range(7) for row in order.rows(n)[3:]).values()) == {3}
 
 
 class Rank:

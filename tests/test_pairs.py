@@ -131,7 +131,7 @@ def test_it_moves_draws_and_resumes(train, tiny, playground, tmp_path, monkeypat
     monkeypatch.setattr(trainer, "load_trainable", noted)
     output = train(**flags, **drawing, output_dir=tmp_path / "a")
     model, before = models[0]
-    after, trained = model.state_dict(), set(model.adapters())
+    after, trained = model.state_dict(), set(model.adapters)
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == (name not in trained), name
     resumed = train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint=output / "checkpoint-2")

@@ -108,7 +108,7 @@ def test_a_configuration_is_read_or_refused_in_one_sentence(tmp_path_factory, va
 def test_any_bytes_are_told_from_safetensors(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("weights") / "x.safetensors"
     path.write_bytes(data)
-    if trainer.safetensors_size(path) == len(data):
+    if trainer.safetensors_header(path):
         length = struct.unpack("<Q", data[:8])[0]
         assert isinstance(json.loads(data[8 : 8 + length]), dict)
 
@@ -120,4 +120,4 @@ def test_a_whole_file_is_known_by_its_header(tmp_path, kept):
 
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(3, 5), "b": torch.zeros(kept, dtype=torch.float16)}, path, {"format": "pt"})
-    assert trainer.safetensors_size(path) == path.stat().st_size
+    assert trainer.safetensors_header(path)

@@ -152,24 +152,27 @@ def test_a_signal_before_training_keeps_what_was_made(train, tmp_path, monkeypat
 
 
 def test_a_signal_in_a_validation_ends_after_the_picture(train, monkeypatch):
-    real, drawn = trainer.Studio.draw, []
+    real, drawn = trainer.draw, []
 
-    def draw(studio, seeds):
-        drawn.append(seeds)
+    def draw(run, *others):
+        drawn.append(run)
         if len(drawn) == 2 + 1:  # two pictures before the first step
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(studio, seeds)
+        return real(run, *others)
 
-    monkeypatch.setattr(trainer.Studio, "draw", draw)
+    monkeypatch.setattr(trainer, "draw", draw)
     with pytest.raises(trainer.Stopped, match="Stopped after step 2") as stopped:
         train(max_train_steps=9, validation_prompt="a dog", num_validation_images=2, validation_steps=1)
     assert stopped.value.exit_code == 128 + signal.SIGUSR1 and len(drawn) == 3
 
 
-def test_a_second_signal_ends_at_once():
-    stop = trainer.StopSignals(None, None)
+def test_a_second_ctrl_c_ends_at_once_and_a_signal_that_comes_twice_does_not():
+    """A cluster sends SIGTERM to all processes, and the launcher hands it on once more."""
+    stop = trainer.StopSignals()
     stop.training = True
-    stop.note(signal.SIGINT, None)
+    stop.note(signal.SIGTERM, None)
+    stop.note(signal.SIGTERM, None)
+    assert stop.signum == signal.SIGTERM
     with pytest.raises(trainer.Stopped, match="at once"):
         stop.note(signal.SIGINT, None)
 
@@ -281,7 +284,7 @@ def test_a_collapsed_scaler_stops_with_advice(train):
             return 0.5
 
     run = trainer.start(train.args())
-    progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1), 0)
+    progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1, 1), 0)
     progress.scaler = Scaler()
     progress.seen, progress.norms = [(1, ("a",), torch.tensor(1.0))], [(1, torch.tensor(math.inf))]
     with pytest.raises(trainer.TrainingError, match="scaler came down to 0.5.*bf16"):

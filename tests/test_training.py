@@ -101,13 +101,13 @@ def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
     for n in range(4):
         torch.manual_seed(trainer.position_seed(1, "noise", n))
         (trainer.diffusion_loss(model, objective, cache.batch(table, order, n)).total / 4).backward()
-    gradients = {name: parameter.grad for name, parameter in model.adapters().items()}
+    gradients = {name: parameter.grad for name, parameter in model.adapters.items()}
     out = train(
         gradient_accumulation_steps=4, max_train_steps=1, learning_rate=1e-2, adam_weight_decay=0, max_grad_norm=1e9
     )
     moved = adapters(out)
     for name, gradient in gradients.items():
-        before, after = model.adapters()[name].detach(), moved[name.replace(".default", "")]
+        before, after = model.adapters[name].detach(), moved[name.replace(".default", "")]
         big = gradient.abs() > 1e-5  # AdamW's first step is lr * sign(gradient)
         torch.testing.assert_close((after - before)[big], -1e-2 * gradient.sign()[big], rtol=1e-2, atol=1e-5)
 
@@ -305,7 +305,7 @@ def test_scale_lr_leaves_the_arguments_alone(train):
     groups = trainer.make_optimizer(args, model, 6).param_groups
     assert [group["lr"] for group in groups] == [6e-2, 6 * 5e-6]
     assert [group["weight_decay"] for group in groups] == [1e-4, 1e-3]
-    assert sum(len(group["params"]) for group in groups) == len(model.adapters())
+    assert sum(len(group["params"]) for group in groups) == len(model.adapters)
     assert vars(args) == before
 
 

@@ -1,0 +1,254 @@
+"""Which craft changes what is learnt, after how many steps, and at what cost? On the toy world, over seeds.
+
+    python benchmarks/crafts.py --out /tmp/crafts                              # every method: a night on two cores
+    python benchmarks/crafts.py --out /tmp/crafts --methods plain min-SNR DoRA --seeds 1
+    python benchmarks/crafts.py --out /tmp/crafts --methods plain --rates 5e-4 1e-3 2e-3   # what stops in time?
+
+The rate is constant after its warm-up, so that a checkpoint is what a run of so many steps leaves, and one run tells a
+whole curve. What is trained and judged stays in --out: a study that was stopped goes on, a larger one begins with it,
+and two processes with one subject each may fill it together.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.update(HF_HUB_OFFLINE="1")
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from judge import Judge
+from learning import ROOT, TOY
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from scene import PLACES, SUBJECTS
+
+FLAGS = {
+    "resolution": 64,
+    "rank": 8,
+    "learning_rate": 1e-3,
+    "train_batch_size": 5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 20,
+    "report_to": "none",
+    "checkpointing_steps": 50,
+    "sample_batch_size": 10,
+    "num_class_images": 100,
+}
+TOKENS = "<s0><s1>"
+METHODS = {
+    "plain": {},
+    "prior pictures": {"with_prior_preservation": True},
+    "prior base_model": {"prior_preservation": "base_model"},
+    "prior dco": {"prior_preservation": "dco"},
+    "text encoders": {"train_text_encoder": True, "text_encoder_lr": 3e-4},
+    "new tokens": {"train_text_encoder_ti": True, "train_text_encoder_ti_frac": 1.0, "token_lr": 3e-3},
+    "min-SNR": {"snr_gamma": 5},
+    "debiased": {"loss_weighting": "debiased"},
+    "p2": {"loss_weighting": "p2"},
+    "huber": {"loss_type": "huber"},
+    "noise offset": {"noise_offset": 0.05},
+    "perturbation": {"input_perturbation": 0.1},
+    "logit-normal": {"timestep_bias": "logit-normal"},
+    "later": {"timestep_bias": "later"},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"lora_init": "pissa"},
+    "LoRA+": {"loraplus_lr_ratio": 16},
+    "attention+ff": {"lora_preset": "attention+ff"},
+    "full": {"lora_preset": "full"},
+    "EMA": {"use_ema": True, "ema_half_life": 20},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1},
+    "schedule-free": {"optimizer": "schedule_free"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lion 8 bit": {"optimizer": "lion8bit", "learning_rate": 1e-4},
+}
+
+
+class Run(NamedTuple):
+    """One training run of the study."""
+
+    subject: str
+    method: str
+    seed: int
+    rate: float | None = None  # another than the flags'
+
+    def folder(self, out: Path) -> Path:
+        """Where it is kept."""
+        method = self.method if self.rate is None else f"rate {self.rate:g}"
+        return out / f"{self.subject}-{method.replace(' ', '-')}-{self.seed}"
+
+    def flags(self, out: Path, steps: int) -> dict[str, object]:
+        """Its command line."""
+        class_name, method = SUBJECTS[self.subject], METHODS[self.method]
+        rate = {} if self.rate is None else {"learning_rate": self.rate, "monitor_steps": 25}
+        word = "TOK" if "train_text_encoder_ti" in method else "sks"
+        prior = {"class_data_dir": out / f"{class_name}-pictures"} if "with_prior_preservation" in method else {}
+        return {
+            "pretrained_model_name_or_path": TOY / "model",
+            "instance_data_dir": TOY / "subjects" / self.subject,
+            "instance_prompt": f"a photo of a {word} {class_name}",
+            "class_prompt": f"a photo of a {class_name}",
+            "output_dir": self.folder(out),
+            "cache_latents_dir": out / "cache",
+            "max_train_steps": steps,
+            "seed": self.seed,
+            **{**FLAGS, **method, **rate, **prior},
+        }
+
+
+def train(run: Run, out: Path, steps: int) -> float:
+    """Train unless it is done; returns its seconds."""
+    finished = run.folder(out) / "finished"  # a LoRA alone may be that of a run that was stopped
+    if not finished.exists():
+        flags, began = run.flags(out, steps), time.perf_counter()
+        words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
+        script = ROOT / "train_dreambooth_lora_sdxl.py"
+        subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL)
+        finished.write_text(str(time.perf_counter() - began))
+    return float(finished.read_text())
+
+
+class Eyes:
+    """Draws with a LoRA as a user does, and judges what it shows."""
+
+    def __init__(self, a_place: int) -> None:
+        self.judge, self.a_place, self.before = Judge(), a_place, {}
+
+    def draw(self, prompts: Sequence[str], lora: Path | None) -> list[Image.Image]:
+        """One picture a prompt, seeded by its number; eight steps of DPM-Solver++ are as good here as 25 of Euler."""
+        pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", dtype=torch.float32)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        if lora:
+            pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+        if lora and (lora / "embeddings.safetensors").exists():
+            rows = load_file(lora / "embeddings.safetensors")
+            words = TOKENS.replace("><", "> <").split()
+            for name, end in (("clip_l", ""), ("clip_g", "_2")):
+                encoder, tokenizer = getattr(pipeline, f"text_encoder{end}"), getattr(pipeline, f"tokenizer{end}")
+                pipeline.load_textual_inversion(rows[name], token=words, text_encoder=encoder, tokenizer=tokenizer)
+            pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        return pipeline(list(prompts), num_inference_steps=8, generator=generators).images
+
+    def look(self, run: Run, lora: Path) -> dict[str, float]:
+        """Percentages, and the drift of the class's pictures in grey levels; kept beside the LoRA."""
+        kept = lora / "judged.json"
+        if not kept.exists():
+            class_name, count = SUBJECTS[run.subject], self.a_place * len(PLACES)
+            word = TOKENS if "train_text_encoder_ti" in METHODS[run.method] else "sks"
+            of_class = [f"a photo of a {class_name}"] * count
+            if class_name not in self.before:
+                self.before[class_name] = np.stack(self.draw(of_class, None)).astype(float)
+            places = [place for place in PLACES for _ in range(self.a_place)]
+            shown = self.judge(self.draw([f"a photo of a {word} {class_name} {place}" for place in places], lora))
+            after = self.draw(of_class, lora)
+            seen = self.judge(after)
+            share = {
+                "subject shown": [verdict.subjects[run.subject] > 0.5 for verdict in shown],
+                "place right": [verdict.place == place for verdict, place in zip(shown, places, strict=True)],
+                "class kept": [v.class_name == class_name and v.subjects[run.subject] < 0.5 for v in seen],
+            }
+            percent = {name: 100 * float(np.mean(values)) for name, values in share.items()}
+            drift = float(np.sqrt(((np.stack(after) - self.before[class_name]) ** 2).mean()))
+            kept.write_text(json.dumps({**percent, "drift": drift}))
+        return json.loads(kept.read_text())
+
+
+Curve = dict[int, dict[str, float]]
+"""What was judged, by step."""
+
+
+def study(run: Run, out: Path, steps: int, eyes: Eyes) -> tuple[Curve, float]:
+    """Train a run and judge all its checkpoints; returns the curve and its seconds."""
+    seconds = train(run, out, steps)
+    every = range(FLAGS["checkpointing_steps"], steps + 1, FLAGS["checkpointing_steps"])
+    curve = {step: eyes.look(run, run.folder(out) / f"checkpoint-{step}") for step in every}
+    print(*run, {name: round(value) for name, value in curve[steps].items()}, f"{seconds:.0f} s", flush=True)
+    return curve, seconds
+
+
+def steps_to(curve: Curve, percent: float) -> float:
+    """The first step that was judged to show the subject so often; nan if none was."""
+    return next((step for step, seen in curve.items() if seen["subject shown"] >= percent), float("nan"))
+
+
+def score(seen: dict[str, float]) -> float:
+    """What a user wants of a checkpoint, 0 to 100: the subject, where the prompt says, and the class as it was."""
+    return (seen["subject shown"] + seen["place right"] + seen["class kept"]) / 3
+
+
+def told(values: Sequence[float]) -> str:
+    """Mean and spread."""
+    return f"{np.mean(values):.0f} ± {np.std(values):.0f}"
+
+
+def table(studies: dict[str, list[tuple[Curve, float]]]) -> str:
+    """A row a method: what the last checkpoint shows, over subjects and seeds."""
+    names = ("subject shown", "place right", "class kept", "drift")
+    rows = ["| method | " + " | ".join((*names, "steps to 90 %", "seconds")) + " |", "|---" * 7 + "|"]
+    for method, runs in studies.items():
+        lasts = [list(curve.values())[-1] for curve, _ in runs]
+        reached = [steps_to(curve, 90) for curve, _ in runs]
+        known = [step for step in reached if step == step]  # nan is not itself
+        late = f"{told(known)}" if known else "never"
+        late += f" ({len(known)} of {len(reached)})" if 0 < len(known) < len(reached) else ""
+        cells = (*(told([last[name] for last in lasts]) for name in names), late, told([s for _, s in runs]))
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def picture(studies: dict[str, list[tuple[Curve, float]]], side: int = 420, edge: int = 46) -> Image.Image:
+    """The trade-off: for each method a line over its steps, from class kept (across) to subject shown (up)."""
+    colours = ("#0b57d0", "#c5221f", "#188038", "#e37400", "#8430ce", "#00838f", "#5f6368", "#b80672")
+    page = Image.new("RGB", (side + 2 * edge + 150, side + 2 * edge), "white")
+    pen = ImageDraw.Draw(page)
+    pen.rectangle((edge, edge, edge + side, edge + side), outline="#888")
+    for share in (0, 25, 50, 75, 100):
+        pen.text((edge + side * share / 100 - 6, edge + side + 6), str(share), fill="black")
+        pen.text((edge - 26, edge + side * (1 - share / 100) - 6), str(share), fill="black")
+    pen.text((edge, 14), "subject shown, % (up) against class kept, % (across); a dot every 50 steps", fill="black")
+    for (method, runs), colour in zip(studies.items(), colours, strict=False):
+        steps = runs[0][0]
+        means = [[np.mean([curve[step][name] for curve, _ in runs]) for name in ("class kept", "subject shown")]
+                 for step in steps]
+        line = [(edge + side * x / 100, edge + side * (1 - y / 100)) for x, y in [(100.0, 0.0), *means]]
+        pen.line(line, fill=colour, width=3)
+        for i, (x, y) in enumerate(line):
+            radius = 6 if i == len(line) - 1 else 3
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        row = edge + 22 * list(studies).index(method)
+        pen.rectangle((edge + side + 20, row, edge + side + 34, row + 12), fill=colour)
+        pen.text((edge + side + 42, row), method, fill="black")
+    return page
+
+
+def main() -> None:
+    """Print the table and draw the trade-off."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("/tmp/crafts"))
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--pictures", type=int, default=5, help="a place; six times as many in all")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    eyes, studies = Eyes(args.pictures), {}
+    for method in args.methods:
+        runs = [Run(subject, method, seed) for seed in range(args.seeds) for subject in args.subjects]
+        studies[method] = [study(run, args.out, args.steps, eyes) for run in runs]
+    print(table(studies))
+    picture(studies).save(args.out / "trade_off.png")
+
+
+if __name__ == "__main__":
+    main()
