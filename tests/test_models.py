@@ -242,7 +242,8 @@ def test_traps_18_20_21_what_a_phase_loaded_is_gone_after_it(train, monkeypatch)
     train(validation_prompt="a dog", num_validation_images=1)
     assert in_the_loop and all(counts == before for counts in in_the_loop)
     texts = ["tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"]
-    assert loaded == ["tokenizer", *texts, "vae", "unet", "vae", "vae"]  # lengths, prompts, latents, loop, two validations
+    # lengths of prompts, prompts, latents, the loop, a validation before and one after
+    assert loaded == ["tokenizer", *texts, "vae", "unet", "vae", "vae"]
 
 
 def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
