@@ -4359,6 +4359,7 @@ def describe_adapters(run: Run) -> str:
         told.append(f"{sum(map(len, new_tokens(args).values()))} new tokens in both text encoders")
     count = sum(p.numel() for model in parts.values() for p in model.parameters() if p.requires_grad)
     kind = "DoRA, " if args.use_dora else "rank-stabilised, " if args.use_rslora else ""
+    kind += f"alpha {args.lora_alpha:g}, " if args.lora_alpha else ""
     return f"{kind}{'; '.join(told)}: {count / 1e6:.2f} M parameters, {4 * count / 1e6:.1f} MB"
 
 
@@ -4445,7 +4446,7 @@ def main(args: argparse.Namespace) -> None:
         schedule = plan_steps(run.args, len(subject), run.accelerator.num_processes)
         facts = facts_of(run, schedule, subject, buckets)
         size = megabytes(cache_bytes(run, len(subject)))
-        say([("Pictures", args.dataset_name or args.instance_data_dir), *facts.items(),
+        say([*facts.items(), ("From", args.dataset_name or args.instance_data_dir),
              ("Output", f"{args.output_dir}; latents of the subject take up to {size} in {run.store.folder}")])
         warn_of_data(run.args, subject, buckets)
         warn_of_long_prompts(run, prompts_of(run, subject))

@@ -185,6 +185,30 @@ def score(seen: dict[str, float]) -> float:
     return (seen["subject shown"] + seen["place right"] + seen["class kept"]) / 3
 
 
+def monitored(run: Run, out: Path, curve: Curve) -> dict[int, dict[str, float]]:
+    """What the run's own monitor said at the steps that were judged."""
+    lines = (run.folder(out) / "history.jsonl").read_text().splitlines()
+    return {entry["step"]: entry for entry in map(json.loads, lines) if entry["step"] in curve}
+
+
+RULES = {  # from what the monitor said, by step, to a step
+    "the last": lambda seen: max(seen),
+    "DVAR < 0.15": lambda seen: next((s for s, e in seen.items() if e.get("monitor/rest", 1) < 0.15), max(seen)),
+    "least fit + drift": lambda seen: min(seen, key=lambda s: seen[s]["monitor/fit"] + seen[s]["monitor/drift"]),
+    "least fit": lambda seen: min(seen, key=lambda s: seen[s]["monitor/fit"]),
+}
+
+
+def stopping(studies: dict[Run, Curve], out: Path) -> str:
+    """How much of the best step's score each rule for choosing a step loses: mean, spread and worst over the runs."""
+    rows = ["| rule | points lost | worst |", "|---|---|---|"]
+    for name, rule in RULES.items():
+        lost = [max(map(score, curve.values())) - score(curve[rule(monitored(run, out, curve))])
+                for run, curve in studies.items()]
+        rows.append(f"| {name} | {told(lost)} | {max(lost):.0f} |")
+    return "\n".join(rows)
+
+
 def told(values: Sequence[float]) -> str:
     """Mean and spread."""
     return f"{np.mean(values):.0f} ± {np.std(values):.0f}"
@@ -239,10 +263,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pictures", type=int, default=5, help="a place; six times as many in all")
+    parser.add_argument("--rates", nargs="*", type=float, help="instead: which rule for stopping would have paid?")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     eyes, studies = Eyes(args.pictures), {}
+    if args.rates:
+        runs = [Run(subject, "plain", seed, rate)
+                for seed in range(args.seeds) for rate in args.rates for subject in args.subjects]
+        print(stopping({run: study(run, args.out, args.steps, eyes)[0] for run in runs}, args.out))
+        return
     for method in args.methods:
         runs = [Run(subject, method, seed) for seed in range(args.seeds) for subject in args.subjects]
         studies[method] = [study(run, args.out, args.steps, eyes) for run in runs]

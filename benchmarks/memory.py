@@ -37,7 +37,7 @@ RECIPES = {
 
 def computed(run: trainer.Run) -> dict[str, int]:
     """Bytes of every phase, class pictures included."""
-    args = argparse.Namespace(**{**vars(run.args), "with_prior_preservation": True, "sample_batch_size": 1})
+    args = argparse.Namespace(**{**vars(run.args), "prior_preservation": "pictures", "sample_batch_size": 1})
     drawn = trainer.estimate_memory(trainer.replace(run, args=args))["class pictures"]
     return {phase: cost.peak for phase, cost in {**trainer.estimate_memory(run), "class pictures": drawn}.items()}
 

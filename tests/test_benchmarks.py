@@ -11,6 +11,7 @@ from conftest import ROOT
 TOY = ROOT / "examples" / "toy_world" / "model"
 SHORT = {
     "learning.py": "--methods untrained plain --subjects sks_dog --max_train_steps 2 --pictures 1 --out {}",
+    "crafts.py": "--methods plain --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
     "step_overhead.py": "--pairs 2",
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_files_have_the_users_permissions(train):
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in output.rglob("*") if path.is_file()}
     assert set(modes.values()) == {0o640}, modes
+
+
+def test_a_prompt_cannot_put_markup_into_the_card(train):
+    prompt = "sks dog\n\n<h1>owned</h1>\n\n[free money](http://x.example) ```"
+    card = (train(instance_prompt=prompt) / "README.md").read_text()
+    body = re.sub(r"^(`{3,}).*?^\1$", "", card.partition("\n---\n")[2], flags=re.M | re.S)  # code is shown as it is
+    assert not re.search(r"^\s*(<h1>|\[free)", body, flags=re.M)
 
 
 def test_the_card_is_valid_and_nothing_in_a_prompt_breaks_it(train, tmp_path):

@@ -22,7 +22,8 @@ SIZES = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 def test_every_row_of_every_bucket_comes_equally_often(sizes, batch_size, seed):
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     buckets = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    batches = [batch for epoch in range(batch_size) for batch in trainer.plan_epoch(buckets, batch_size, seed, epoch)]
+    epochs = [trainer.plan_epoch(buckets, batch_size, seed, epoch) for epoch in range(batch_size)]
+    batches = [[row.sample for row in batch] for epoch in epochs for batch in epoch]
     assert all(len(batch) == batch_size and any(set(batch) <= set(b) for b in buckets) for batch in batches)
     counts = Counter(row for batch in batches for row in batch)
     assert set(counts) == set(range(sum(sizes))) and set(counts.values()) == {batch_size}

@@ -51,7 +51,7 @@ def quick_start(tmp_path_factory) -> Path:
     for name in ("examples", "train_dreambooth_lora_sdxl.py"):
         (folder / name).symlink_to(ROOT / name)
     told = run_in(folder, QUICK_START[QUICK_START.index("accelerate") :])
-    assert told.stdout.startswith("Pictures") and "Done" in told.stdout and "warn" not in told.stderr.lower()
+    assert told.stdout.startswith("Subject") and "Done" in told.stdout and "warn" not in told.stderr.lower()
     return folder
 
 
@@ -86,7 +86,7 @@ def test_going_on_ends_with_the_same_bits(quick_start):
 
 def test_a_dry_run_tells_the_plan(quick_start):
     told = run_in(quick_start, next(words for words in TRAINING if words[-1] == "--dry_run"))
-    assert told.stdout.startswith("Pictures") and "It fits in" in told.stdout
+    assert told.stdout.startswith("Subject") and "It fits in" in told.stdout
 
 
 def test_pushing_what_is_finished(quick_start):

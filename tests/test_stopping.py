@@ -286,9 +286,39 @@ def test_a_collapsed_scaler_stops_with_advice(train):
     run = trainer.start(train.args())
     progress = trainer.Progress(run, None, trainer.Schedule(10, 1.0, 1, 1), 0)
     progress.scaler = Scaler()
-    progress.seen, progress.norms = [(1, ("a",), torch.tensor(1.0))], [(1, torch.tensor(math.inf))]
+    loss = trainer.Loss(torch.tensor(1.0), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    progress.seen, progress.norms = [(1, ("a",), loss)], [(1, torch.tensor(math.inf))]
     with pytest.raises(trainer.TrainingError, match="scaler came down to 0.5.*bf16"):
         progress.report()
+
+
+def test_a_scaler_skips_gradients_and_on_nan_skips_losses(train):
+    """What the scaler leaves out is no trouble; a loss that is not finite is."""
+
+    class Scaler:
+        def get_scale(self):
+            return 1024.0
+
+    def progress(**flags):
+        made = trainer.Progress(trainer.start(train.args(**flags)), None, trainer.Schedule(10, 1.0, 1, 1), 0)
+        made.scaler = Scaler()
+        return made
+
+    def loss(value):
+        return trainer.Loss(torch.tensor(value), torch.ones(1), torch.zeros(1, dtype=torch.long))
+
+    batch = trainer.Batch(*[None] * 6, ("a.png",))
+    skipping = progress(on_nan="skip")
+    skipping.note(batch, loss(math.nan))
+    assert not skipping.accept(torch.tensor(math.nan)) and skipping.skipped == 1 and not skipping.seen
+    skipping.note(batch, loss(1.0))
+    assert skipping.accept(torch.tensor(math.inf)) and skipping.skipped == 1
+    stopping = progress()
+    stopping.note(trainer.Batch(*[None] * 6, ("innocent.png",)), loss(1.0))
+    stopping.accept(torch.tensor(math.inf))
+    stopping.note(batch, loss(math.nan))
+    stopping.accept(torch.tensor(math.nan))
+    assert "step 2 has loss nan, with a.png" in stopping.trouble([1.0, math.nan], [math.inf, math.nan])
 
 
 def test_adapters_without_gradient_are_named(capsys, train):

@@ -147,7 +147,7 @@ def test_settled_encoders_leave_the_device(train):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "move_frozen", lambda part, device: moved.append((part, str(device))))
         settle(4, trainer.Average())
-        assert not moved and table.rows[0].dtype == torch.int64
+        assert not moved and table.row(0)[0].dtype == torch.int64
         settle(5, trainer.Average())
     assert [device for _, device in moved] == ["cpu", "cpu"]
     assert all(torch.allclose(x, y) for x, y in zip(model.embed(table.of("a dog")), before, strict=True))

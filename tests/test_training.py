@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT
@@ -182,7 +183,9 @@ def test_trap_10_validation_draws_what_a_user_draws(train, tiny, precision, enco
                 prompt, num_inference_steps=25, generator=torch.Generator().manual_seed(1 + index), height=16, width=16
             ).images[0]
             ours = Image.open(output / "validation" / f"step-{step:06d}" / f"{index:02d}.png")
-            assert ours.tobytes() == drawn.tobytes()
+            # a CPU without bf16 rounds by where a weight lies in memory
+            worst = np.abs(np.asarray(ours, dtype=int) - np.asarray(drawn, dtype=int)).max()
+            assert worst <= (0 if precision == "no" else 2)
     assert (output / "validation/step-000000/00.png").read_bytes() != (
         output / "validation/step-000003/00.png"
     ).read_bytes()
@@ -381,6 +384,7 @@ def test_output_of_a_run_is_plan_progress_summary(train):
         "LoRA",
         "Optimizer",
         "Steps",
+        "From",
         "Output",
         "Cache",
         "Done",
@@ -419,9 +423,8 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(train, capsys):
     output = train(**flags, max_train_steps=6, validation_steps=2)
     capsys.readouterr()
     train(**flags, max_train_steps=4, validation_steps=4, checkpoints_total_limit=1, seed=2)
-    assert f"Earlier   checkpoints and pictures of the run before are now in {output}/earlier-1" in (
-        capsys.readouterr().out
-    )
+    told = f"Earlier   checkpoints and pictures of another run, beyond step 0, are now in {output}/earlier-1"
+    assert told in capsys.readouterr().out
     assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-4"]
     assert [folder.name for folder in trainer.list_checkpoints(output / "earlier-1")] == [
         "checkpoint-2",
@@ -433,6 +436,41 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(train, capsys):
     assert not (output / "earlier-2").exists()
     train(**flags, max_train_steps=2)
     assert (output / "earlier-2" / "checkpoint-6").exists()
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(train, capsys):
+    """They would be pruned as the newest, or taken for the latest."""
+    flags = {"checkpointing_steps": 2, "log_level": "info"}
+    output = train(**flags, max_train_steps=6)
+    train(**flags, max_train_steps=4, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=1)
+    assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-4"]
+    kept = [folder.name for folder in trainer.list_checkpoints(output / "earlier-1")]
+    assert kept == ["checkpoint-4", "checkpoint-6"] and "beyond step 2" in capsys.readouterr().out
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(train):
+    output = train(checkpointing_steps=2)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(trainer.UserError, match="--rank was 4 and is now 8"):
+        train(rank=8, resume_from_checkpoint="latest")
+    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert {path.name for path in before if before[path] != after.get(path)} == set()
+
+
+def test_another_vae_is_refused_on_resume(train, tiny, tmp_path):
+    import shutil
+
+    train(checkpointing_steps=2)
+    shutil.copytree(tiny / "vae", tmp_path / "other-vae")
+    with pytest.raises(trainer.UserError, match="the VAE was model and is now other-vae"):
+        train(pretrained_vae_model_name_or_path=tmp_path / "other-vae", resume_from_checkpoint="latest")
+
+
+def test_a_launchers_accumulation_divides_nothing_again(train, monkeypatch):
+    plain = load_file(train(gradient_accumulation_steps=2) / trainer.LORA_FILE)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told = load_file(train(gradient_accumulation_steps=2, output_dir=train.folder / "b") / trainer.LORA_FILE)
+    assert all(torch.equal(plain[name], told[name]) for name in plain)
 
 
 def test_one_pass_and_a_prompt_that_no_caption_has_are_warned_about(train, pictures, tmp_path, capsys):
