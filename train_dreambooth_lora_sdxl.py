@@ -3472,6 +3472,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the host and a device; torch.manual_seed keeps a traceback for each device that is not there, each time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def micro_batches(step: int, accumulation: int, accelerator: Accelerator) -> range:
     """The numbers of this rank's micro-batches in a step: the same work is numbered alike on any number of ranks."""
     world = accelerator.num_processes
@@ -3594,7 +3601,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             events.settle_text(step, average)
             progress.begin_step()
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
-                torch.manual_seed(position_seed(run.seed, "noise", n))  # noise, timesteps, latents and dropout
+                seed_device(position_seed(run.seed, "noise", n), run.device)  # noise, timesteps, latents and dropout
                 batch = batch_at(n)
                 loss = diffusion_loss(model, objective, batch)
                 accelerator.backward(loss.total / args.gradient_accumulation_steps)
