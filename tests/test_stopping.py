@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, starved of disk, or given numbers that are not finite: nothing is lost."""
 
+import argparse
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPT
+from conftest import SCRIPT, reset_accelerate
 from safetensors.torch import load_file
 
 import train_dreambooth_lora_sdxl as trainer
@@ -319,6 +320,60 @@ def test_a_scaler_skips_gradients_and_on_nan_skips_losses(train):
     stopping.note(batch, loss(math.nan))
     stopping.accept(torch.tensor(math.nan))
     assert "step 2 has loss nan, with a.png" in stopping.trouble([1.0, math.nan], [math.inf, math.nan])
+
+
+@pytest.fixture
+def with_scaler(monkeypatch):
+    """Give accelerate fp16 and a gradient scaler on the CPU, which it refuses; the scale is told at each call."""
+    make = trainer.make_accelerator
+
+    def on_the_cpu(args, scale):
+        reset_accelerate()  # the run before this one left fp16 there
+        accelerator = make(argparse.Namespace(**{**vars(args), "mixed_precision": "no"}))
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+        return accelerator
+
+    return lambda scale: monkeypatch.setattr(trainer, "make_accelerator", lambda args: on_the_cpu(args, scale))
+
+
+def steps_taken(state) -> int:
+    """How many of its steps the optimizer of a checkpoint has taken."""
+    (taken,) = {int(moments["step"]) for moments in state["optimizer"]["state"].values()}
+    return taken
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_steps_that_overflow_in_fp16_are_left_out_by_the_scaler(train, with_scaler, on_nan):
+    """More of them than --max_skipped_steps, and a look at their infinite norms: the run goes on."""
+    with_scaler(2.0**36)
+    flags = {"mixed_precision": "fp16", "on_nan": on_nan, "max_skipped_steps": 1}
+    output = train(**flags, max_train_steps=20, checkpointing_steps=10)
+    early, late = (torch.load(folder / "state.pt") for folder in trainer.list_checkpoints(output))
+    assert early["scaler"]["scale"] == 2.0**26 and steps_taken(early) == 0  # each of ten halved it
+    assert not any(tensor.any() for name, tensor in early["adapters"].items() if "lora_B" in name)
+    assert 0 < steps_taken(late) < 10 and late["scaler"]["scale"] < 2.0**26
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapters(output).values())
+    history = trainer.read_history(output)
+    assert [entry["step"] for entry in history] == [10, 20]
+    assert not math.isfinite(history[0]["grad_norm"]) and all(math.isfinite(entry["loss"]) for entry in history)
+
+
+def test_a_resumed_run_in_fp16_goes_on_with_the_scaler_of_the_one_before(train, with_scaler, tmp_path):
+    """Stopped after overflows and good steps; after two more the scale grows, and is too large once more."""
+    flags = {"mixed_precision": "fp16", "max_train_steps": 8, "checkpointing_steps": 4, "lora_dropout": 0.2}
+    with_scaler(2.0**24)
+    whole = train(**flags, output_dir=tmp_path / "whole")
+    with_scaler(2.0**16)  # which the checkpoint's replaces
+    resumed = train(**flags, output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-4")
+    assert same(whole, resumed)
+    folders = whole / "checkpoint-4", whole / "checkpoint-8", resumed / "checkpoint-8"
+    before, ours, theirs = (torch.load(folder / "state.pt") for folder in folders)
+    assert 0 < steps_taken(before) < 4 and 0 < steps_taken(ours) - steps_taken(before) < 4
+    assert before["scaler"]["_growth_tracker"] > 0 and ours["scaler"] == theirs["scaler"] != before["scaler"]
+    for one, other in zip(trainer.tree_leaves(ours), trainer.tree_leaves(theirs), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_adapters_without_gradient_are_named(capsys, train):
