@@ -1,5 +1,6 @@
 """`accelerate launch` in the ways in which people use it: quiet, with a configuration file, on two processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -111,6 +112,63 @@ def test_gradients_are_shared_in_one_flat_tensor_of_four_bytes_a_parameter(train
     trainer.share_gradients(TwoRanks(), adapters)
     assert sent == [4 * sum(adapter.numel() for adapter in adapters)]
     assert all((adapter.grad == number / 2).all() for number, adapter in enumerate(adapters))
+
+
+LISTENING = """
+import json, os, sys
+sys.path.insert(0, os.path.dirname({script!r}))
+import torch
+import train_dreambooth_lora_sdxl as trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+heard = []
+
+class Ear(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in trainer.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            heard.append(func._opname + f" {{sum(t.nbytes for t in tensors)}}" * ("allreduce" in func._opname))
+        return func(*args, **(kwargs or {{}}))
+
+def backward(*arguments, real=trainer.backward):
+    heard.append("micro-batch begins")
+    result = real(*arguments)
+    heard.append("micro-batch ends")
+    return result
+
+def train(run, model, *rest, real=trainer.train):
+    heard.append(sum(adapter.numel() for adapter in model.adapters().values()))
+    with Ear():
+        return real(run, model, *rest)
+
+trainer.backward, trainer.train = backward, train
+trainer.main(trainer.parse_args())
+with open("heard-" + os.environ["RANK"] + ".json", "w") as file:
+    json.dump(heard, file)
+"""
+
+
+def test_processes_talk_once_a_step_and_never_while_they_accumulate(train, tmp_path, free_port):
+    """What goes through torch.distributed, in order: one all-reduce a step, of 4 bytes a trained parameter, and the
+    question whether a signal came; the last step is looked at, too.
+    """
+    (tmp_path / "listening.py").write_text(LISTENING.format(script=str(trainer.__file__)))
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
+    words = train.words(gradient_accumulation_steps=3, max_train_steps=3, mixed_precision="bf16")
+    told = subprocess.run(
+        [sys.executable, *two, "listening.py", *words],
+        env={**os.environ, **ON_CPUS},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+    for rank in range(2):
+        parameters, *heard = json.loads((tmp_path / f"heard-{rank}.json").read_text())
+        step = [*["micro-batch begins", "micro-batch ends"] * 3, f"allreduce_ {4 * parameters}", "allgather_"]
+        look = ["allreduce_ 4", "allreduce_ 32"]  # at the loss, and at those of the quarters of the timesteps
+        assert parameters > 10_000 and heard[heard.index("micro-batch begins") :] == step * 3 + look
 
 
 def worst_difference(first: Path, second: Path) -> float:
