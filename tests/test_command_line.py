@@ -89,7 +89,10 @@ KEPT_FLAGS = {  # of the command lines that people have, with the values that th
 
 def test_the_flags_of_old_commands_are_there_with_their_defaults():
     parser = make_parser()
-    assert [action.dest for action in parser._actions if action.required] == [REQUIRED]
+    with pytest.raises(UserError, match=f"--{REQUIRED} is missing"):
+        parse_args([])
+    with pytest.raises(UserError, match=f"--pretrained_model_name_or_pth.*did you mean --{REQUIRED}"):
+        parse_args(["--pretrained_model_name_or_pth=x"])
     left = vars(parser.parse_args([f"--{REQUIRED}=x"]))
     assert len(KEPT_FLAGS) + 1 == 72
     assert {flag: left.get(flag, "no such flag") for flag in KEPT_FLAGS} == KEPT_FLAGS
