@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import SCRIPT
 
-from train_dreambooth_lora_sdxl import UserError, make_parser, public_settings
+from train_dreambooth_lora_sdxl import UserError, make_parser, parse_args, public_settings
 
 REQUIRED = "pretrained_model_name_or_path"
 KEPT_FLAGS = {  # of the command lines that people have, with the values that they rely on where they name none
