@@ -1,4 +1,4 @@
-"""Folders as people have them: captions, metadata, sub-folders, shapes; features in pairs."""
+"""Folders as people have them: captions, metadata, sub-folders, shapes."""
 
 import json
 import math
@@ -139,35 +139,6 @@ def test_a_small_picture_gets_a_small_bucket():
     width, height = trainer.choose_bucket((500, 250), buckets, 1.5)
     assert (width, height) == (704, 320) and max(width / 500, height / 250) <= 1.5
     assert trainer.choose_bucket((10, 10), [(64, 64)], 1.0) == (64, 64)  # without buckets there is no other
-
-
-PAIRS = {
-    "buckets": {},
-    "buckets, prior, accumulation": {
-        "with_prior_preservation": True,
-        "class_prompt": "a dog",
-        "num_class_images": 3,
-        "gradient_accumulation_steps": 2,
-    },
-    "buckets, flips, captions dropped, text encoders": {
-        "random_flip": True,
-        "caption_dropout": 0.5,
-        "train_text_encoder": True,
-    },
-}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_buckets_train_and_resume_exactly(train, shapes, tmp_path, name):
-    from safetensors.torch import load_file
-
-    flags = {"instance_data_dir": shapes, "aspect_ratio_buckets": "auto", "resolution": 32, **PAIRS[name]}
-    if "class_prompt" in flags:
-        flags["class_data_dir"] = tmp_path / "classes"
-    whole = train(**flags, max_train_steps=5, checkpointing_steps=2, output_dir=tmp_path / "whole")
-    again = train(**flags, max_train_steps=5, output_dir=tmp_path / "b", resume_from_checkpoint=whole / "checkpoint-2")
-    first, second = (load_file(folder / trainer.LORA_FILE) for folder in (whole, again))
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_rows_of_a_batch_share_a_bucket_and_have_their_own_time_ids(train, shapes, tmp_path):
