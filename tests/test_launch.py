@@ -130,18 +130,20 @@ class Ear(TorchDispatchMode):
             heard.append(func._opname + f" {{sum(t.nbytes for t in tensors)}}" * ("allreduce" in func._opname))
         return func(*args, **(kwargs or {{}}))
 
-def backward(*arguments, real=trainer.backward):
+def loss(*arguments, real=trainer.diffusion_loss):
     heard.append("micro-batch begins")
-    result = real(*arguments)
+    return real(*arguments)
+
+def backward(*arguments, real=trainer.Accelerator.backward):
+    real(*arguments)
     heard.append("micro-batch ends")
-    return result
 
 def train(run, model, *rest, real=trainer.train):
-    heard.append(sum(adapter.numel() for adapter in model.adapters().values()))
+    heard.append(sum(adapter.numel() for adapter in model.adapters.values()))
     with Ear():
         return real(run, model, *rest)
 
-trainer.backward, trainer.train = backward, train
+trainer.diffusion_loss, trainer.Accelerator.backward, trainer.train = loss, backward, train
 trainer.main(trainer.parse_args())
 with open("heard-" + os.environ["RANK"] + ".json", "w") as file:
     json.dump(heard, file)
@@ -150,7 +152,7 @@ with open("heard-" + os.environ["RANK"] + ".json", "w") as file:
 
 def test_processes_talk_once_a_step_and_never_while_they_accumulate(train, tmp_path, free_port):
     """What goes through torch.distributed, in order: one all-reduce a step, of 4 bytes a trained parameter, and the
-    question whether a signal came; the last step is looked at, too.
+    question whether a signal came, which the hosts ask each other; the last step is looked at, too.
     """
     (tmp_path / "listening.py").write_text(LISTENING.format(script=str(trainer.__file__)))
     two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
@@ -166,7 +168,7 @@ def test_processes_talk_once_a_step_and_never_while_they_accumulate(train, tmp_p
     assert told.returncode == 0, told.stderr
     for rank in range(2):
         parameters, *heard = json.loads((tmp_path / f"heard-{rank}.json").read_text())
-        step = [*["micro-batch begins", "micro-batch ends"] * 3, f"allreduce_ {4 * parameters}", "allgather_"]
+        step = [*["micro-batch begins", "micro-batch ends"] * 3, f"allreduce_ {4 * parameters}", "allreduce_ 16"]
         look = ["allreduce_ 4", "allreduce_ 32"]  # at the loss, and at those of the quarters of the timesteps
         assert parameters > 10_000 and heard[heard.index("micro-batch begins") :] == step * 3 + look
 
