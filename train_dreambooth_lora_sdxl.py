@@ -3319,7 +3319,7 @@ class Progress:
             if self.skipped > self.max_skipped:
                 raise TrainingError(f"more than --max_skipped_steps {self.max_skipped} steps had gradients that are "
                                     "not finite; the last checkpoint is whole. A lower --learning_rate helps.")
-            return False
+            return bool(self.scaler)  # which leaves the step out by itself, and must be told of it
         self.norms.append((self.step, grad_norm))
         return True
 

@@ -311,7 +311,7 @@ def test_a_scaler_skips_gradients_and_on_nan_skips_losses(train):
     batch = trainer.Batch(*[None] * 6, ("a.png",))
     skipping = progress(on_nan="skip")
     skipping.note(batch, loss(math.nan))
-    assert not skipping.accept(torch.tensor(math.nan)) and skipping.skipped == 1 and not skipping.seen
+    assert skipping.accept(torch.tensor(math.nan)) and skipping.skipped == 1 and not skipping.seen
     skipping.note(batch, loss(1.0))
     assert skipping.accept(torch.tensor(math.inf)) and skipping.skipped == 1
     stopping = progress()
@@ -358,6 +358,21 @@ def test_steps_that_overflow_in_fp16_are_left_out_by_the_scaler(train, with_scal
     history = trainer.read_history(output)
     assert [entry["step"] for entry in history] == [10, 20]
     assert not math.isfinite(history[0]["grad_norm"]) and all(math.isfinite(entry["loss"]) for entry in history)
+
+
+def test_a_loss_that_is_not_finite_in_fp16_is_skipped_beside_the_scaler(train, with_scaler, monkeypatch):
+    """The scaler leaves such a step out; the next one must find it as it was."""
+    real, losses = trainer.diffusion_loss, []
+
+    def third_is_nan(*arguments):
+        losses.append(real(*arguments))
+        return losses[-1]._replace(total=losses[-1].total * (math.nan if len(losses) == 3 else 1))
+
+    monkeypatch.setattr(trainer, "diffusion_loss", third_is_nan)
+    with_scaler(2.0**10)
+    output = train(mixed_precision="fp16", on_nan="skip", max_train_steps=5, checkpointing_steps=5)
+    assert steps_taken(torch.load(output / "checkpoint-5" / "state.pt")) == 4
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapters(output).values())
 
 
 def test_a_resumed_run_in_fp16_goes_on_with_the_scaler_of_the_one_before(train, with_scaler, tmp_path):
