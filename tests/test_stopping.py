@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -233,6 +234,44 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_is_whole(train, tmp_path
     assert bool(trainer.list_checkpoints(kept)) == (what == "a later checkpoint"), told.stderr
     if what == "checkpoint":
         assert "warning: checkpoints and LoRA will need up to" in told.stdout
+
+
+FILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import train_dreambooth_lora_sdxl as trainer
+real, room = trainer.write_loras, int(sys.argv[2])
+def write_loras(run, folder, model):
+    if folder == run.output:  # the final save: something else has taken the disk meanwhile
+        with open(run.output / "ballast", "wb") as ballast:
+            ballast.write(bytes(max(0, trainer.free_bytes(run.output) - room)))
+    real(run, folder, model)
+trainer.write_loras = write_loras
+with trainer.one_sentence():
+    trainer.main(trainer.parse_args(sys.argv[3:]))
+"""
+
+
+def test_a_disk_that_is_full_at_the_final_save_leaves_the_last_checkpoint_whole(train, tmp_path):
+    """And once there is room, the run goes on from it."""
+    small, kept, steps = tmp_path / "small", tmp_path / "kept", {"max_train_steps": 3, "checkpointing_steps": 2}
+    small.mkdir()
+    whole = train(**steps, output_dir=tmp_path / "whole")
+    room = (whole / trainer.LORA_FILE).stat().st_size // 2
+    words = [str(room), *train.words(**steps, output_dir=small / "out")]
+    script = f'mount -t tmpfs -o size=20m tmpfs {small} && "$@"; code=$?; cp -r {small}/out {kept} && exit $code'
+    told = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", FILLED, str(SCRIPT.parent), *words],
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 1, told.stderr
+    error = told.stderr.replace("\r", "\n").splitlines()[-1]
+    assert re.match(rf"error: .*{trainer.LORA_FILE} needs [\d.]+ MB, but [\d.]+ MB are free", error), told.stderr
+    assert "Traceback" not in told.stderr and not leftovers(kept) and not (kept / trainer.LORA_FILE).exists()
+    assert [folder.name for folder in trainer.list_checkpoints(kept)] == ["checkpoint-2"]
+    train(**steps, output_dir=kept, resume_from_checkpoint="latest")
+    assert same(kept, whole)
 
 
 def poisoned(steps: set[int]):
