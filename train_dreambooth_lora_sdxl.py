@@ -1065,10 +1065,9 @@ def read_text(path: Path) -> str:
 
 def read_metadata(path: Path) -> dict[Path, str]:
     """The captions of metadata.jsonl or metadata.csv (file_name, text). Raises UserError with all its faults."""
-    captions, faults, lines = {}, [], re.split("\r?\n", read_text(path))  # splitlines() splits within JSON's strings
-    is_table = path.suffix == ".csv"
-    try:
-        rows = list(csv.DictReader(lines)) if is_table else lines
+    captions, faults, text, is_table = {}, [], read_text(path), path.suffix == ".csv"
+    try:  # splitlines() would split within JSON's strings and a table's quotes
+        rows = list(csv.DictReader(io.StringIO(text, newline=""))) if is_table else re.split("\r?\n", text)
     except csv.Error as error:
         raise UserError(f"{path} is no table of file_name and text ({error}); mend it.") from None
     for number_, row in enumerate(rows, 1 + is_table):
@@ -1080,10 +1079,11 @@ def read_metadata(path: Path) -> dict[Path, str]:
             faulty = {
                 "has no text": not isinstance(text, str),
                 "is outside of the folder": not picture.resolve().is_relative_to(path.parent.resolve()),
-                "is not there": not picture.is_file(),
+                "is not there": not os.path.isfile(picture),  # is_file() raises where a name is too long
                 "is named twice": picture in captions,
             }
-            faults += [f"line {number_}: {picture.name} {fault}" for fault, is_so in faulty.items() if is_so][:1]
+            name = picture.name[:80].replace("\n", "\\n")
+            faults += [f"line {number_}: {name} {fault}" for fault, is_so in faulty.items() if is_so][:1]
             captions[picture] = text
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             faults.append(f"line {number_}: no file_name and text ({type(error).__name__})")

@@ -1,14 +1,17 @@
 """What must hold of the pure functions for any input that hypothesis can think of."""
 
+import csv
+import io
 import json
 import math
 import random
 import struct
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_dreambooth_lora_sdxl as trainer
@@ -103,6 +106,116 @@ def test_a_configuration_is_read_or_refused_in_one_sentence(tmp_path_factory, va
     assert not strangers
     for key, value in values.items():
         assert value is None or getattr(args, key) == type(getattr(args, key))(value)
+
+
+LONG = "x" * 140_000  # csv takes no field so long
+TEXTS = st.one_of(st.text(), st.text().map(json.dumps), st.sampled_from(["\u2028", "a\nb", "a\r\nb", "\0", LONG]))
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory) -> Path:
+    """A folder with one picture, and one outside of it."""
+    folder = tmp_path_factory.mktemp("captions") / "data"
+    folder.mkdir()
+    for path in (folder / "a.png", folder.parent / "outside.png"):
+        path.touch()
+    return folder
+
+
+def as_table(rows: list[list[str]]) -> str:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([["file_name", "text"], *rows])
+    return buffer.getvalue()
+
+
+FORMS = {
+    "metadata.jsonl": lambda text: json.dumps({"file_name": "a.png", "text": text}),
+    "a metadata.jsonl": lambda text: json.dumps({"text": text, "file_name": "a.png"}, ensure_ascii=False),
+    "metadata.csv": lambda text: as_table([["a.png", text]]),
+}
+
+
+
+@given(TEXTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_caption_comes_back_as_it_was_written_or_is_refused(pictured, form, text):
+    path = pictured / form.split()[-1]
+    path.write_bytes(FORMS[form](text).encode())
+    try:
+        assert trainer.read_metadata(path) == {pictured / "a.png": text}
+    except trainer.UserError:
+        assert text == LONG and path.suffix == ".csv"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\x1b.png",
+        "a\nb.png",
+        "a" * 300 + ".png",
+        LONG,
+        "a/" * 3000 + "a.png",
+    ],
+)
+def test_an_odd_name_in_metadata_is_refused_in_one_sentence(pictured, name):
+    (pictured / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a dog"}))
+    with pytest.raises(trainer.UserError, match="line 1: .* is not there") as refused:
+        trainer.read_metadata(pictured / "metadata.jsonl")
+    assert len(str(refused.value)) < 1000 and "\n" not in trainer.printable(str(refused.value))
+
+
+NAMES = st.one_of(
+    st.sampled_from(["a.png", "b/../a.png", "../data/a.png", "../outside.png", "..", "", "a.png\0", "\ud800"]),
+    st.text(max_size=9),
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=9)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["file_name", "text", "x"]), inner),
+    max_leaves=6,
+)
+ROWS = st.fixed_dictionaries({"file_name": NAMES, "text": TEXTS})
+LINES = {
+    "metadata.jsonl": st.one_of(ROWS.map(json.dumps), JSON.map(json.dumps), st.text(max_size=20)),
+    "metadata.csv": st.one_of(
+        st.sampled_from(["file_name,text", "text,file_name", '"', "file_name,text,file_name"]),
+        ROWS.map(lambda row: as_table([row.values()]).partition("\n")[2]),
+        st.text(max_size=20),
+    ),
+}
+FILES = st.sampled_from(list(LINES)).flatmap(
+    lambda name: st.tuples(st.just(name), st.lists(LINES[name], max_size=4).map("\n".join))
+)
+
+
+@settings(max_examples=200)
+@given(FILES, st.sampled_from(["utf-8", "utf-8-sig", "latin-1"]))
+@example(("metadata.jsonl", "[" * 100_000), "utf-8")
+@example(("metadata.jsonl", '{"file_name": ' * 100_000), "utf-8")
+@example(("metadata.jsonl", json.dumps({"file_name": "a.png", "text": "\ud800"})), "utf-8")
+@example(("metadata.csv", f"file_name,text\na.png,{LONG}"), "utf-8")
+def test_any_metadata_is_read_or_refused_in_one_sentence(pictured, file, encoding):
+    path = pictured / file[0]
+    path.write_bytes(file[1].encode(encoding, "ignore"))
+    try:
+        captions = trainer.read_metadata(path)
+    except trainer.UserError as error:
+        assert "\n" not in trainer.printable(str(error)) and len(str(error)) < 2000
+        return
+    assert set(captions) <= {pictured / "a.png"} and all(isinstance(text, str) for text in captions.values())
+
+
+@given(st.one_of(st.binary(), st.text().map(str.encode), st.text().map(lambda text: text.encode("utf-8-sig"))))
+@example(b"\xef\xbb\xbf")
+@example("犬".encode("utf-16"))
+def test_any_text_file_is_read_or_refused(pictured, content):
+    path = pictured / "a.txt"
+    path.write_bytes(content)
+    try:
+        assert trainer.read_text(path).encode() == content.removeprefix(b"\xef\xbb\xbf")
+    except trainer.UserError as error:
+        with pytest.raises(UnicodeDecodeError):
+            content.decode()
+        assert "is not in UTF-8" in str(error)
 
 
 @given(st.binary(max_size=200))
