@@ -873,7 +873,13 @@ class Printer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        print(printable(record.getMessage()), flush=True)
+        print(record.getMessage(), flush=True)
+
+
+def escape(record: logging.LogRecord) -> bool:
+    """A filter that lets all pass, made printable."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def quiet(log_level: str) -> None:
@@ -881,6 +887,7 @@ def quiet(log_level: str) -> None:
     talks = log_level == "debug"
     if not logger.handlers:
         logger.addHandler(Printer())
+        logger.addFilter(escape)
         logger.propagate = False
     logger.setLevel(log_level.upper() if is_first_rank() else logging.ERROR)
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):

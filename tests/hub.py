@@ -4,8 +4,11 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+BREAK, STALL = 0, -1  # instead of a status: the line breaks at once, or after half a minute of silence
 
 
 class Hub:
@@ -13,7 +16,8 @@ class Hub:
 
     def __init__(self, token: str) -> None:
         self.token, self.files, self.objects, self.private, self.requests = token, {}, {}, {}, []
-        self.refuse: dict[str, int | list[int]] = {}  # part of a path -> status of each answer, 0 breaks the line
+        self.refuse: dict[str, int | list[int]] = {}  # part of a path -> status of each answer, BREAK or STALL
+        self.read_only: set[str] = set()  # repositories that are there, and that the token may not write to
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,14 +42,15 @@ class Hub:
         status = next((code for part, code in self.refuse.items() if part in path), None)
         if isinstance(status, list):  # one after the other, then all is well
             status = status.pop(0) if status else None
-        if status == 0:
+        if status in (BREAK, STALL):
+            time.sleep(30 * (status == STALL))
             request.close_connection = True
             return None
         public = path.startswith("/storage/") or path == "/api/validate-yaml"
         if (
             status is None
             and not public
-            and request.command == "POST"
+            and (request.command == "POST" or "/auth-check" in path)
             and request.headers.get("Authorization") != f"Bearer {self.token}"
         ):
             status = 401
@@ -70,6 +75,8 @@ class Hub:
             asked = json.loads(body)
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
             known = repo in self.files
+            if repo in self.read_only:  # the namespace is another's
+                return self.send(request, 403, {"error": f"you may not create {repo}"})
             self.files.setdefault(repo, {})
             self.private.setdefault(repo, asked.get("visibility") == "private" or asked.get("private"))
             return self.send(request, 409 if known else 200, {"url": f"{self.endpoint}/{repo}"})
@@ -93,6 +100,10 @@ class Hub:
     def model_api(self, request, repo: str, rest: list[str], body: bytes) -> None:
         if repo not in self.files:
             return self.send(request, 404, {"error": "no such repository"}, X_Error_Code="RepoNotFound")
+        if repo in self.read_only and rest[:1] in (["preupload"], ["commit"], ["auth-check"]):
+            return self.send(request, 403, {"error": f"you may not write to {repo}"})
+        if rest == ["auth-check", "write"]:
+            return self.send(request, 200, {})
         if rest[:1] == ["preupload"]:
             modes = [
                 {
@@ -114,17 +125,19 @@ class Hub:
                 request, 200, {"commitOid": "1" * 40, "commitUrl": f"{self.endpoint}/{repo}/commit/{'1' * 40}"}
             )
         if rest[:1] == ["tree"]:
-            under = "/".join(rest[2:])
-            found = [name for name in self.files[repo] if name.startswith(under + "/" if under else "")]
-            if not found:
-                return self.send(request, 404, {"error": under}, X_Error_Code="EntryNotFound")
-            sizes = {name: len(self.files[repo][name]) for name in found}
-            return self.send(
-                request, 200, [{"type": "file", "path": name, "size": sizes[name], "oid": "2" * 40} for name in found]
-            )
+            return self.list_files(request, repo, "/".join(rest[2:]))
         siblings = [{"rfilename": name} for name in self.files[repo]]
         return self.send(
             request, 200, {"id": repo, "sha": "1" * 40, "siblings": siblings, "private": bool(self.private[repo])}
+        )
+
+    def list_files(self, request, repo: str, under: str) -> None:
+        found = [name for name in self.files[repo] if name.startswith(under + "/" if under else "")]
+        if not found:
+            return self.send(request, 404, {"error": under}, X_Error_Code="EntryNotFound")
+        sizes = {name: len(self.files[repo][name]) for name in found}
+        return self.send(
+            request, 200, [{"type": "file", "path": name, "size": sizes[name], "oid": "2" * 40} for name in found]
         )
 
     def download(self, request, repo: str, name: str) -> None:

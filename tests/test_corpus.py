@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from corpus import CASES, FINE, Stock
+from safetensors.torch import load_file
 
 import train_dreambooth_lora_sdxl as trainer
 
@@ -39,6 +41,7 @@ def test_corpus(train, stock, tmp_path, name):
     (tmp_path / "made").mkdir()
     flags = case.make(tmp_path / "made", stock)
     told = outcome(train, flags, case.runs)
+    assert not list(tmp_path.rglob("canary"))
     if case.outcome == FINE:
         assert told == FINE
         if "instance_data_dir" in flags:
@@ -50,6 +53,30 @@ def test_corpus(train, stock, tmp_path, name):
     output = Path(train.flags["output_dir"])
     assert not output.exists() or not (output / trainer.LORA_FILE).exists()
     assert case.runs or not output.exists()
+
+
+def test_all_that_is_fine_trains_at_once(train, stock, tmp_path):
+    """Pictures of every kind and name, each in its shape, and told of in card and report."""
+    together = tmp_path / "together"
+    fine = [name for name, case in CASES.items() if case.outcome == FINE and name.startswith(("picture", "name"))]
+    for number, name in enumerate(fine):
+        folder = together / f"{number:02d}"
+        folder.mkdir(parents=True)
+        CASES[name].make(folder, stock)
+    count = len(trainer.list_pictures("", together, recursive=True))
+    assert count >= len(fine) > 30
+    flags = {"aspect_ratio_buckets": "auto", "resolution": 32, "center_crop": True, "max_train_steps": 3}
+    output = train(instance_data_dir=together, recursive=True, card_data_samples=True, **flags)
+    assert all(tensor.isfinite().all() for tensor in load_file(output / trainer.LORA_FILE).values())
+    assert f"on {count} pictures" in (output / "README.md").read_text()
+    assert f"{count} pictures, rank 4" in (output / "report.html").read_text()
+    assert len(list((output / "samples").iterdir())) == count
+
+
+def test_a_state_that_would_run_code_is_armed(train, stock, tmp_path):
+    flags = CASES["checkpoint: a state with a pickle that would run code"].make(tmp_path, stock)
+    torch.load(flags["resume_from_checkpoint"] / "state.pt", weights_only=False)
+    assert list(tmp_path.rglob("canary"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,16 +1,19 @@
 """Pushing with the real huggingface_hub client to a local server that speaks the Hub's protocol."""
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 from conftest import ROOT
-from hub import Hub
+from hub import BREAK, STALL, Hub
 
 import train_dreambooth_lora_sdxl as trainer
 
@@ -137,6 +140,20 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(train, hub, pus
     assert set(hub.files["me/dog"]) == {trainer.LORA_FILE, "README.md", "validation/step-000002/00.png"}
 
 
+@pytest.mark.parametrize("place", ["/storage/", "/commit/"])
+def test_an_upload_that_stalls_is_given_up_and_loses_nothing(train, hub, push_here, monkeypatch, place):
+    """The server takes what is sent and is silent; the client's own waits between its tries are skipped."""
+    hub.refuse[place] = STALL
+    monkeypatch.setattr(trainer, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", Mock(wraps=time, sleep=lambda seconds: None))
+    began = time.monotonic()
+    with pytest.raises(trainer.HubError, match="are safe in"):
+        push_here()
+    assert time.monotonic() - began < 60  # a stalled server says nothing for half a minute, each time
+    assert len([path for _, path in hub.requests if place in path]) >= 3
+    assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists() and not hub.files["me/dog"]
+
+
 @pytest.mark.parametrize("place", ["/storage/", "/preupload/", "/info/lfs/"])
 def test_an_upload_that_is_refused_midway_loses_nothing(train, hub, push_here, place):
     hub.refuse[place] = 403
@@ -167,6 +184,51 @@ def test_a_refused_repository_costs_seconds_not_hours(train, hub, push_here, cap
         push_here()
     assert not Path(train.flags["output_dir"]).exists()
     assert_nowhere(TOKEN, train.folder, str(failure.value), *capfd.readouterr())
+
+
+@pytest.fixture
+def titles():
+    """Every command line on this machine that holds the token, looked for until the test ends."""
+    found, over = set(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.2):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    found.update([path.read_bytes()] if TOKEN.encode() in path.read_bytes() else [])
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    yield found
+    over.set()
+    watch.join()
+
+
+def test_exit_code_3_for_a_hub_that_fails_and_the_token_is_nowhere(train, hub, titles):
+    """It breaks the line and has errors of its own, in turn, as often as it is asked."""
+    hub.refuse["/commit/"] = [500, BREAK, 500, BREAK, 500, BREAK]
+    told = push(train, hub, hub_model_id="me/dog", env={"HF_TOKEN": TOKEN})
+    output = Path(train.flags["output_dir"])
+    assert told.returncode == 3, told.stderr
+    assert "error: the upload to me/dog failed" in told.stderr and "Traceback" not in told.stderr
+    assert (output / trainer.LORA_FILE).exists() and (output / "checkpoint-2" / "state.pt").exists()
+    assert list((output / "logs").rglob("events.out.tfevents.*")) and not hub.files["me/dog"]
+    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
+    assert not titles
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_exit_code_2_for_a_repository_that_others_own_and_the_token_is_nowhere(train, hub, titles, status):
+    """It exists, and may be read; with 401 nothing may."""
+    hub.files["them/dog"], hub.private["them/dog"] = {"README.md": b"theirs"}, False
+    hub.read_only.add("them/dog")
+    hub.refuse = {"/auth-check": 401, "/repos/create": 401} if status == 401 else {}
+    told = push(train, hub, hub_model_id="them/dog", env={"HF_TOKEN": TOKEN})
+    assert told.returncode == 2, told.stderr
+    assert told.stderr.startswith("error: --push_to_hub cannot create them/dog") and told.stderr.count("\n") == 1
+    assert not Path(train.flags["output_dir"]).exists() and hub.files["them/dog"] == {"README.md": b"theirs"}
+    assert_nowhere(TOKEN, train.folder, told.stdout, told.stderr)
+    assert not titles
 
 
 def test_the_token_is_in_no_process_title_while_training(train, hub):

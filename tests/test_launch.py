@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import SCRIPT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -235,6 +236,116 @@ def test_machines_that_do_not_see_the_same_are_noticed(monkeypatch):
         trainer.check_alike(0, "a")
     with pytest.raises(trainer.UserError, match="see different pictures"):
         trainer.check_alike(10, "b")
+
+
+COUNTED = """
+import os, sys
+sys.path.insert(0, os.environ["TRAINER"])
+import train_dreambooth_lora_sdxl as trainer
+real = trainer.draw
+def draw(run, model, table, prompt, seeds, *others, **keywords):
+    with open(f"{os.environ['DRAWN']}/{os.environ['RANK']}", "a") as file:
+        print(prompt, *seeds, sep="|", file=file)
+    return real(run, model, table, prompt, seeds, *others, **keywords)
+trainer.draw = draw
+with trainer.one_sentence():
+    trainer.main(trainer.parse_args())
+"""
+
+
+def test_two_ranks_share_out_what_is_drawn(train, tmp_path, free_port):
+    """Of five class pictures, and of three validation pictures before and after training, each rank draws its own."""
+    (tmp_path / "counted.py").write_text(COUNTED)
+    (tmp_path / "drawn").mkdir()
+    flags = {
+        "max_train_steps": 1,
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a dog",
+        "num_class_images": 5,
+        "sample_batch_size": 1,
+        "validation_prompt": "a mug",
+        "num_validation_images": 3,
+        "validation_num_inference_steps": 1,
+        "validation_epochs": 1000,
+    }
+    launcher = (*TWO, "--num_processes=2", "--num_machines=1", f"--main_process_port={free_port}")
+    told = subprocess.run(
+        [*launcher, str(tmp_path / "counted.py"), *train.words(**flags)],
+        env={**os.environ, **ON_CPUS, "TRAINER": str(SCRIPT.parent), "DRAWN": str(tmp_path / "drawn")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+    seeds = [trainer.position_seed(1, "class picture", index) for index in range(5)]
+    for rank in (0, 1):
+        drawn = [f"a dog|{seed}" for seed in seeds[rank::2]] + [f"a mug|{seed}" for seed in (1, 2, 3)[rank::2]] * 2
+        assert (tmp_path / "drawn" / str(rank)).read_text().splitlines() == drawn
+    assert len(list((tmp_path / "class").iterdir())) == 5
+    assert len(list(Path(train.flags["output_dir"]).glob("validation/*/*.png"))) == 6
+
+
+SIGNALLED = {**LONG, "max_train_steps": 100_000, "checkpointing_steps": 100_000}
+
+
+def begin(command: list[str], output: Path) -> subprocess.Popen:
+    """Start a run that no checkpoint interrupts, and wait until it trains."""
+    process = subprocess.Popen(
+        command, env={**os.environ, **ON_CPUS}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(output / trainer.HISTORY_FILE, process)
+    time.sleep(1)
+    return process
+
+
+def only_checkpoint(output: Path) -> Path:
+    """The checkpoint that the signal asked for; it loads."""
+    (checkpoint,) = trainer.list_checkpoints(output)
+    assert torch.load(checkpoint / "state.pt")["step"] == int(checkpoint.name[11:]) > 0
+    return checkpoint
+
+
+def test_a_launcher_that_is_terminated_leaves_a_checkpoint(train):
+    """`accelerate launch` with one process hands no signal on: the run hears of its launcher's death."""
+    output = Path(train.flags["output_dir"])
+    process = begin([*ALONE, str(SCRIPT), *train.words(**SIGNALLED)], output)
+    (run,) = children(process)
+    process.terminate()
+    told = process.communicate(timeout=120)  # until the run, too, has closed its output
+    deadline = time.time() + 60
+    while Path(f"/proc/{run}").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{run}").exists() and process.returncode == -signal.SIGTERM
+    assert "checkpoint and LoRA are written. Go on with" in told[1] and "Traceback" not in told[1]
+    assert (output / trainer.LORA_FILE).exists() and only_checkpoint(output)
+
+
+def test_two_ranks_and_their_launcher_that_are_terminated_leave_a_checkpoint(train, free_port):
+    """As a cluster does it: all at once; the launcher hands it on once more."""
+    output = Path(train.flags["output_dir"])
+    launcher = (*TWO, "--num_processes=2", "--num_machines=1", f"--main_process_port={free_port}")
+    process = begin([*launcher, str(SCRIPT), *train.words(**SIGNALLED)], output)
+    ranks = children(process)
+    assert len(ranks) == 2
+    for number in (*ranks, process.pid):
+        os.kill(number, signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and "lost another one" not in told
+    assert told.count("checkpoint and LoRA are written. Go on with") == 1
+    step = only_checkpoint(output).name[11:]
+    again = {**SIGNALLED, "max_train_steps": int(step) + 1, "gradient_accumulation_steps": 2}
+    assert (train(**again) / f"checkpoint-{step}").exists()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_shards_is_refused(train, monkeypatch, kind):
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(trainer.Accelerator, "distributed_type", DistributedType[kind])
+    with pytest.raises(trainer.UserError, match=f"configured for {kind}, .*choose plain multi-GPU"):
+        train()
+    assert not Path(train.flags["output_dir"]).exists()
 
 
 HOSTS = """

@@ -300,15 +300,18 @@ def test_the_plan_says_how_the_base_is_stored(train, capsys):
     assert "its linear layers in nf4" in capsys.readouterr().out
 
 
-def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
-    """The loss of thirty steps on the toy subject, with the same noise: nobody is left behind by more than a tenth."""
+@pytest.mark.parametrize("subject", ["sks_dog", "sks_mug"])
+def test_packed_bases_learn_like_the_whole_one(train, subject):
+    """Fifteen steps on a toy subject, at the same five draws of noise again and again: the loss falls in each
+    precision, and nobody is left behind by more than a tenth.
+    """
     toy, losses = ROOT / "examples" / "toy_world", {}
     for precision in ("auto", "fp8", "int8", "nf4"):
         run = trainer.start(
             train.args(
                 pretrained_model_name_or_path=toy / "model",
-                instance_data_dir=toy / "subjects" / "sks_dog",
-                instance_prompt="a photo of a sks dog",
+                instance_data_dir=toy / "subjects" / subject,
+                instance_prompt=f"a photo of a {subject.replace('_', ' ')}",
                 resolution=64,
                 train_batch_size=5,
                 mixed_precision="bf16",
@@ -324,16 +327,16 @@ def test_packed_bases_learn_like_the_whole_one(train, tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3
         seen = []
-        for n in range(30):
-            torch.manual_seed(n)
-            loss = trainer.diffusion_loss(model, objective, cache.batch(table, order, n)).total
+        for n in range(15):
+            torch.manual_seed(n % 5)
+            loss = trainer.diffusion_loss(model, objective, cache.batch(table, order, n % 5)).total
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             seen.append(loss.item())
-        losses[precision] = sum(seen[-15:]) / 15, sum(seen[:5]) / 5
-    whole = losses["auto"][0]
-    assert all(abs(last / whole - 1) < 0.1 for last, _ in losses.values()), losses
+        losses[precision] = sum(seen[:5]) / 5, sum(seen[-5:]) / 5
+    whole = losses["auto"][1]
+    assert all(last < 0.8 * first and abs(last / whole - 1) < 0.1 for first, last in losses.values()), losses
 
 
 def test_checkpoint_blocks_auto_needs_to_know_the_memory(train, monkeypatch):

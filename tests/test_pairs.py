@@ -1,13 +1,12 @@
 """Every pair of features at least once: trained, saved, loaded by a user, resumed."""
 
 import functools
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from allpairspy import AllPairs
 from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
+from pairs import assert_covers, flags_of, pairs_of, rows_of
 from PIL import Image
 from safetensors.torch import load_file
 from test_objective import with_scheduler
@@ -18,10 +17,23 @@ import train_dreambooth_lora_sdxl as trainer
 CRAFTS = {
     "objective": {
         "epsilon": {},
-        "v, zero SNR, min-SNR": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_gamma": 5},
+        "v": {"prediction_type": "v_prediction"},
+        "v, zero SNR": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        "v, EDM style": {"prediction_type": "v_prediction", "do_edm_style_training": True},
         "EDM": {},
-        "debiased, huber": {"loss_weighting": "debiased", "loss_type": "huber"},
-        "offset, perturbed, later": {"noise_offset": 0.1, "input_perturbation": 0.1, "timestep_bias": "later"},
+    },
+    "weighting": {
+        "none": {},
+        "min-SNR": {"snr_gamma": 5},
+        "debiased": {"loss_weighting": "debiased"},
+        "p2": {"loss_weighting": "p2"},
+    },
+    "distance": {"l2": {}, "huber": {"loss_type": "huber"}, "smooth_l1": {"loss_type": "smooth_l1"}},
+    "timesteps": {
+        "all": {},
+        "later, offset, perturbed": {"timestep_bias": "later", "noise_offset": 0.1, "input_perturbation": 0.1},
+        "logit-normal": {"timestep_bias": "logit-normal"},
+        "some": {"min_timestep": 200, "max_timestep": 700},
     },
     "prior": {
         "none": {},
@@ -34,8 +46,16 @@ CRAFTS = {
         "rsLoRA, dropout": {"use_rslora": True, "lora_dropout": 0.2},
         "DoRA": {"use_dora": True},
         "PiSSA": {"lora_init": "pissa", "rank": 2},
-        "convolutions": {"lora_preset": "full"},
-        "blocks, LoRA+": {"lora_unet_blocks": "up_blocks.0=8,mid_block", "loraplus_lr_ratio": 4},
+        "OLoRA": {"lora_init": "olora", "rank": 2},
+        "orthogonal": {"lora_init": "orthogonal"},
+    },
+    "layers": {
+        "attention": {},
+        "attention+ff": {"lora_preset": "attention+ff"},
+        "full": {"lora_preset": "full"},
+        "B-LoRA style": {"lora_preset": "b-lora-style"},
+        "patterns": {"lora_layers": r"attn1\.to_(k|v),proj_out"},
+        "blocks, rates, LoRA+": {"lora_unet_blocks": "up_blocks.0=8:2e-2,mid_block", "loraplus_lr_ratio": 4},
     },
     "text": {
         "frozen": {},
@@ -43,10 +63,17 @@ CRAFTS = {
         "LoRA for half": {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
         "new tokens": {"train_text_encoder_ti": True, "instance_prompt": "a photo of TOK dog"},
     },
-    "precision": {"fp32": {}, "bf16": {"mixed_precision": "bf16"}, "int8": {"base_precision": "int8"}},
+    "precision": {
+        "fp32": {},
+        "bf16": {"mixed_precision": "bf16"},
+        "fp8": {"base_precision": "fp8"},
+        "int8": {"base_precision": "int8"},
+        "nf4": {"base_precision": "nf4"},
+    },
     "optimizer": {
         "adamw": {"gradient_accumulation_steps": 2},
         "adamw8bit": {"use_8bit_adam": True},
+        "paged_adamw8bit": {"optimizer": "paged_adamw8bit"},
         "lion8bit": {"optimizer": "lion8bit"},
         "prodigy": {"optimizer": "prodigy", "learning_rate": 30, "text_encoder_lr": 30, "token_lr": 30},
         "adafactor": {"optimizer": "adafactor"},
@@ -60,51 +87,20 @@ CRAFTS = {
     },
 }
 REFUSED = [
-    {("adapter", "DoRA"), ("precision", "int8")},
-    {("adapter", "blocks, LoRA+"), ("optimizer", "prodigy")},
+    *(
+        {("objective", form), ("weighting", other)}
+        for form in ("EDM", "v, EDM style")
+        for other in ("min-SNR", "debiased", "p2")
+    ),
+    *({("adapter", "DoRA"), ("precision", packed)} for packed in ("fp8", "int8", "nf4")),
+    *({("adapter", kind), ("layers", "full")} for kind in ("PiSSA", "OLoRA", "orthogonal")),
+    {("layers", "blocks, rates, LoRA+"), ("optimizer", "prodigy")},
     {("text", "LoRA for half"), ("optimizer", "schedule-free")},
     {("text", "new tokens"), ("optimizer", "schedule-free")},
     {("text", "LoRA for half"), ("prior", "base model")},
     {("text", "LoRA for half"), ("prior", "dco")},
 ]
-
-
-def is_allowed(chosen: list[str]) -> bool:
-    pairs = set(zip(CRAFTS, chosen, strict=False))
-    return not any(refused <= pairs for refused in REFUSED)
-
-
-def all_pairs() -> list[set[tuple[str, str]]]:
-    names = list(CRAFTS)
-    return [
-        {(first, one), (second, other)}
-        for first, second in itertools.combinations(names, 2)
-        for one in CRAFTS[first]
-        for other in CRAFTS[second]
-        if {(first, one), (second, other)} not in REFUSED
-    ]
-
-
-def make_rows() -> list[tuple[str, ...]]:
-    """The library's rows, and plain ones for the pairs that its filter lets fall through."""
-    rows = [tuple(row) for row in AllPairs([list(options) for options in CRAFTS.values()], filter_func=is_allowed)]
-    for pair in all_pairs():
-        if not any(pair <= set(zip(CRAFTS, row, strict=True)) for row in rows):
-            rows.append(tuple(dict(pair).get(name, next(iter(options))) for name, options in CRAFTS.items()))
-    return rows
-
-
-ROWS = make_rows()
-
-
-def test_every_allowed_pair_is_there_and_the_refused_are_refused(train, tmp_path):
-    assert len(all_pairs()) > 400 and all(is_allowed(list(row)) for row in ROWS)
-    for pair in all_pairs():
-        assert any(pair <= set(zip(CRAFTS, row, strict=True)) for row in ROWS), pair
-    for refused in REFUSED:
-        flags = functools.reduce(dict.__or__, (CRAFTS[name][choice] for name, choice in refused))
-        with pytest.raises(trainer.UserError):
-            train.args(**flags)
+ROWS = rows_of(CRAFTS, REFUSED)
 
 
 @pytest.fixture(scope="module")
@@ -112,50 +108,76 @@ def playground(tiny, tmp_path_factory) -> Path:
     return with_scheduler(tiny, tmp_path_factory.mktemp("edm") / "base", EDMEulerScheduler())
 
 
+def test_every_allowed_pair_is_there_and_the_refused_are_refused(train, playground):
+    assert len(pairs_of(CRAFTS, REFUSED)) > 800
+    assert_covers(CRAFTS, REFUSED, ROWS)
+    for refused in REFUSED:
+        flags = functools.reduce(dict.__or__, (CRAFTS[axis][choice] for axis, choice in refused))
+        base = {"pretrained_model_name_or_path": playground} if ("objective", "EDM") in refused else {}
+        with pytest.raises(trainer.UserError):
+            args = train.args(**flags, **base)
+            trainer.make_objective(args, trainer.start(args).scheduler)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """What one row has encoded, another need not."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers: a packed weight's codes are in no state_dict."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
 @pytest.mark.parametrize("row", ROWS, ids=[" | ".join(row) for row in ROWS])
-def test_it_moves_draws_and_resumes(train, tiny, playground, tmp_path, monkeypatch, row):
-    flags = functools.reduce(dict.__or__, (CRAFTS[name][choice] for name, choice in zip(CRAFTS, row, strict=True)))
+def test_it_moves_draws_and_resumes(train, tiny, playground, cache, tmp_path, monkeypatch, row):
     base = playground if row[0] == "EDM" else tiny
-    flags = {"learning_rate": 1e-2, "text_encoder_lr": 1e-2, "token_lr": 1e-2, **flags}
+    flags = {"learning_rate": 1e-2, "text_encoder_lr": 1e-2, "token_lr": 1e-2, **flags_of(CRAFTS, row)}
     flags |= {"pretrained_model_name_or_path": base, "max_train_steps": 4, "checkpointing_steps": 2}
     flags |= {"class_data_dir": tmp_path / "class"} if "with_prior_preservation" in flags else {}
     prompt = "a TOK dog" if "train_text_encoder_ti" in flags else "a dog"
-    drawing = {"validation_prompt": prompt, "num_validation_images": 1, "validation_num_inference_steps": 4}
+    drawing = {"validation_prompt": prompt, "num_validation_images": 1, "validation_num_inference_steps": 2}
     models, real = [], trainer.load_trainable
 
     def noted(run):
         model = real(run)
-        models.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        models.append((model, {name: tensor.clone() for name, tensor in everything(model).items()}))
         return model
 
     monkeypatch.setattr(trainer, "load_trainable", noted)
-    output = train(**flags, **drawing, output_dir=tmp_path / "a")
+    output = train(**flags, **drawing, output_dir=tmp_path / "a", cache_latents_dir=cache)
     model, before = models[0]
-    after, trained = model.state_dict(), set(model.adapters)
+    after, trained = everything(model), set(model.adapters)
+    assert trained and ("base_precision" in flags) == any(name.endswith(".codes") for name in before)
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == (name not in trained), name
-    resumed = train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint=output / "checkpoint-2")
+    resume = {"output_dir": tmp_path / "b", "cache_latents_dir": cache}
+    resumed = train(**flags, **resume, resume_from_checkpoint=output / "checkpoint-2")
     for name in {trainer.LORA_FILE, trainer.EMBEDDINGS_FILE} & {path.name for path in output.iterdir()}:
         first, second = load_file(output / name), load_file(resumed / name)
         assert first and all(torch.equal(first[key], second[key]) for key in first), name
-    if row[4] != "int8":  # which a user unpacks again
-        drawn = drawn_by_a_user(base, output, flags, prompt)
-        ours = Image.open(output / "validation/step-000004/00.png")
-        difference = torch.tensor(list(ours.tobytes())) - torch.tensor(list(drawn.tobytes()))
-        assert difference.abs().max() <= 2
+    drawn = drawn_by_a_user(base, output, flags, prompt)
+    ours = Image.open(output / "validation/step-000004/00.png")
+    difference = torch.tensor(list(ours.tobytes())) - torch.tensor(list(drawn.tobytes()))
+    assert difference.abs().max() <= 2
 
 
 def drawn_by_a_user(base: Path, output: Path, flags: dict, prompt: str) -> Image.Image:
+    """What the file draws in diffusers' own pipeline, around a base that is packed as the trained one was."""
     dtype = torch.bfloat16 if flags.get("mixed_precision") == "bf16" else torch.float32
     pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     if flags.get("prediction_type"):
-        pipeline.scheduler = trainer.with_prediction(pipeline.scheduler, "v_prediction", True)
+        zero_snr = "rescale_betas_zero_snr" in flags
+        pipeline.scheduler = trainer.with_prediction(pipeline.scheduler, "v_prediction", zero_snr)
     if "train_text_encoder_ti" in flags:
         load_tokens(pipeline, output, ["<s0>", "<s1>"])
     pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
+    if "base_precision" in flags:
+        trainer.pack_unet(pipeline.unet, flags["base_precision"], torch.device("cpu"))
     seeded = torch.Generator().manual_seed(1)
     clip_skip = {"clip_skip": flags["clip_skip"]} if flags.get("clip_skip") else {}
     return pipeline(
-        prompt.replace("TOK", "<s0><s1>"), num_inference_steps=4, generator=seeded, height=16, width=16, **clip_skip
+        prompt.replace("TOK", "<s0><s1>"), num_inference_steps=2, generator=seeded, height=16, width=16, **clip_skip
     ).images[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save
 
@@ -102,6 +103,15 @@ def sixteen_bits() -> bytes:
     return encoded("PNG", Image.fromarray(np.linspace(0, 65535, 480, dtype=np.uint16).reshape(20, 24)))
 
 
+def unreadable(folder: Path) -> None:
+    """A picture that nobody may read; root may read all but what the kernel itself refuses."""
+    if os.geteuid() == 0:
+        (folder / "a.png").symlink_to("/proc/self/mem")
+    else:
+        (folder / "a.png").write_bytes(encoded())
+        (folder / "a.png").chmod(0)
+
+
 CANNOT = r"--instance_data_dir: 1 of \d pictures cannot be read.*"
 PICTURES = [
     Case("truncated PNG", one("a.png", encoded()[:60]), CANNOT + r"a\.png"),
@@ -131,7 +141,7 @@ PICTURES = [
     *(Case(f"EXIF orientation {i}", one("a.jpg", turned(i)), FINE) for i in range(1, 9)),
     Case("EXIF orientation 9, which is none", one("a.jpg", turned(9)), FINE),
     Case("corrupt ICC profile", one("a.png", encoded(icc_profile=b"no profile at all")), FINE),
-    Case("unreadable", placed(lambda folder: (folder / "a.png").symlink_to("/proc/self/mem")), CANNOT + r"a\.png"),
+    Case("unreadable", placed(unreadable), CANNOT + r"a\.png"),
     Case("a folder named a.png", placed(lambda folder: (folder / "a.png").mkdir()), FINE),
     Case(
         "a dangling link", placed(lambda folder: (folder / "a.png").symlink_to("nowhere")), CANNOT + "link to nowhere"
@@ -197,6 +207,7 @@ CAPTIONS = [
     Case("a byte order mark", beside("good.txt", b"\xef\xbb\xbfa dog", instance_prompt=None), FINE),
     Case("cp1252", beside("good.txt", "café".encode("cp1252")), r"good\.txt is not in UTF-8 but looks like CP1252"),
     Case("UTF-16", beside("good.txt", "a dog".encode("utf-16")), r"good\.txt is not in UTF-8 but looks like UTF-16"),
+    Case("a folder in a caption's place", placed(lambda folder: (folder / "good.txt").mkdir()), FINE),
     Case("a caption of another picture", beside("other.txt", "a dog"), FINE),
     Case("metadata", beside(JSONL, GOOD, instance_prompt=None), FINE),
     Case("metadata without a line", beside(JSONL, ""), FINE),
@@ -223,6 +234,11 @@ CAPTIONS = [
     Case("a table", beside(CSV, 'file_name,text\ngood.png,"a, dog"\n', instance_prompt=None), FINE),
     Case("a table without its header", beside(CSV, "good.png,a dog\nx.png,a dog\n"), "line 2: no file_name and text"),
     Case("a table with a row too short", beside(CSV, "file_name,text\ngood.png\n"), "line 2: good.png has no text"),
+    Case(
+        "a table with a field of 140 kB", beside(CSV, f"file_name,text\ngood.png,{'x' * 140_000}\n"), "is no table of"
+    ),
+    Case("lists in lists", beside(JSONL, "[" * 100_000), "line 1: no file_name and text"),
+    Case("objects in objects", beside(JSONL, '{"file_name": ' * 100_000), "line 1: no file_name and text"),
     Case("metadata of zero bytes", beside(CSV, b"\x00\x00"), FINE),
 ]
 
@@ -259,6 +275,12 @@ def set_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def flow_matching(model: Path) -> None:
+    """The scheduler of Stable Diffusion 3."""
+    FlowMatchEulerDiscreteScheduler().save_pretrained(model / "scheduler")
+    set_json(model / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+
+
 def other_model(folder: Path, stock: Stock) -> dict:
     """Stable Diffusion 1.5's index."""
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
@@ -291,6 +313,19 @@ BASES = [
     Case("no index", base(lambda m: (m / "model_index.json").unlink()), "no readable model_index.json"),
     Case("Stable Diffusion 1.5", other_model, "StableDiffusionPipeline, not SDXL"),
     Case("a name that is no id", lambda folder, stock: {"pretrained_model_name_or_path": "sdxl"}, "no Hub id"),
+    Case("a scheduler of flow matching", base(flow_matching), "predicts 'None' with FlowMatch", True),
+    Case(
+        "a scheduler of flow matching, overridden",
+        lambda f, s: {**base(flow_matching)(f, s), "prediction_type": "epsilon"},
+        "FlowMatch",
+        True,
+    ),
+    Case(
+        "more layers skipped than there are",
+        lambda folder, stock: {"clip_skip": 9},
+        "--clip_skip 9 is too much for the text_encoder",
+        True,
+    ),
     Case(
         "another prediction",
         base(lambda m: set_json(m / "scheduler" / "scheduler_config.json", prediction_type="sample")),
@@ -311,6 +346,16 @@ def state(change: Callable[[Path], None]) -> Callable[[Path, Stock], dict]:
     return make
 
 
+def canary(path: Path) -> None:
+    """A state that makes a folder beside itself when a pickle of its kind is let run code; test_corpus.py looks."""
+
+    class Canary:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(path.with_name("canary")),)
+
+    torch.save({**torch.load(path), "step": Canary()}, path)
+
+
 SOUND = "--resume_from_checkpoint .*nothing sound"
 CHECKPOINTS = [
     Case("a checkpoint as it is", state(lambda path: None), FINE, True),
@@ -319,6 +364,7 @@ CHECKPOINTS = [
     Case("a state that is text", state(lambda path: path.write_text("step: 1")), SOUND, True),
     Case("a foreign state", state(lambda path: torch.save({"model": torch.ones(3)}, path)), SOUND, True),
     Case("a state that is a tensor", state(lambda path: torch.save(torch.ones(3), path)), SOUND, True),
+    Case("a state with a pickle that would run code", state(canary), SOUND, True),
     Case("no state", state(lambda path: path.unlink()), "names no checkpoint"),
     Case("no checkpoint", lambda folder, stock: {"resume_from_checkpoint": "checkpoint-7"}, "names no checkpoint"),
     Case(
@@ -368,6 +414,10 @@ def flags(**given: object) -> Callable[[Path, Stock], dict]:
 
 
 FLAGS = [
+    *(
+        Case(f"a thousand million {flag}", flags(**{flag: 10**9}), f"--{flag}: '1000000000' is not a whole number")
+        for flag in ("repeats", "cache_variants", "num_class_images")
+    ),
     Case("buckets of nobody", flags(aspect_ratio_buckets="big"), "'big' is neither auto nor sizes"),
     Case("buckets between eights", flags(aspect_ratio_buckets="1024x1020"), "each side a multiple of 8"),
     Case("a validation size between eights", flags(validation_resolution=20), "--validation_resolution 20 is not"),
