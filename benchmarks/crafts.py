@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.update(HF_HUB_OFFLINE="1")
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "toy_world"))
+
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
