@@ -3574,8 +3574,9 @@ def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str) 
     """What moves the adapters, before its first step."""
     args, accelerator = run.args, run.accelerator
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, schedule.total_steps,
-                                 args.lr_num_cycles, args.lr_power)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=schedule.total_steps,
+        num_cycles=args.lr_num_cycles, power=args.lr_power)
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
     average = make_average(args, list(model.adapters.values()), optimizer)
     return TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))

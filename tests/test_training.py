@@ -57,6 +57,35 @@ def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
         torch.testing.assert_close((after - before)[big], -1e-2 * gradient.sign()[big], rtol=1e-2, atol=1e-5)
 
 
+WARM_UP, LAST = 4, 12
+SCHEDULES = {  # what is left of the rate at each share of the way from the end of the warm-up to the last step
+    "constant": lambda share: 1,
+    "constant_with_warmup": lambda share: 1,
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    "cosine_with_restarts": lambda share: (1 + math.cos(math.pi * (2 * share % 1))) / 2,
+    "polynomial": lambda share: (1 - share) ** 3,
+}
+
+
+@pytest.mark.parametrize("name", trainer.SCHEDULES)
+def test_the_learning_rate_goes_the_way_that_its_flags_say(train, name):
+    flags = {"lr_scheduler": name, "lr_warmup_steps": WARM_UP, "lr_num_cycles": 2, "lr_power": 3, "learning_rate": 1e-3}
+    run = trainer.start(train.args(max_train_steps=LAST, **flags))
+    schedule = trainer.plan_steps(run.args, 5, 1)
+    state = trainer.make_state(run, trainer.load_trainable(run), schedule, "digest")
+    rates = []
+    for _ in range(LAST):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        state.optimizer.step()
+        state.lr_scheduler.step()
+    warm_up = 0 if name == "constant" else WARM_UP
+    expected = [step / WARM_UP if step < warm_up else SCHEDULES[name]((step - warm_up) / (LAST - warm_up))
+                for step in range(LAST)]
+    assert rates == pytest.approx([1e-3 * share for share in expected], abs=2e-7)  # polynomial ends at 1e-7, not 0
+    assert set(SCHEDULES) == set(trainer.SCHEDULES)
+
+
 def test_checkpoints_are_whole_pruned_and_leave_others_alone(train):
     output = Path(train.flags["output_dir"])
     (output / "checkpoint-best").mkdir(parents=True)
