@@ -433,8 +433,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--prodigy_safeguard_warmup", action=YesNoTrueFalse, default=True, help="steps of the warm-up count less")
     add("--use_ema", action=YES_NO, default=False, help="draw with and write the adapters' running mean")
     add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after so many a step counts half")
-    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, help="of all optimizers with Adam's moments")
-    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, help="as above")
+    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, help="of all optimizers with Adam's moments, and of Lion")
+    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, help="as above, but Lion's own default is 0.99")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="as above")
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="of the UNet's adapters")
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3,
@@ -1021,12 +1021,31 @@ def pictures_folder(args: argparse.Namespace) -> Path:
         return Path(args.instance_data_dir)
     source = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
     name = "dataset-" + hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-    return Path(args.cache_latents_dir or Path(args.output_dir, "cache"), name)
+    parent = Path(args.cache_latents_dir or Path(args.output_dir, "cache"))
+    version = dataset_version(args.dataset_name)
+    copies = sorted(parent.glob(f"{name}-*[0-9a-f]"), key=os.path.getmtime)
+    return copies[-1] if copies and not version else parent / f"{name}-{version or 'unknown0'}"
 
 
-def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str]]:
-    """The pictures of a data set as their files' bytes, with their captions, one at a time."""
+@functools.cache
+def dataset_version(name: str) -> str:
+    """What changes with a data set, looked at once a run: its files on this disk, its commit on the Hub; or nothing
+    where the Hub is out of reach.
+    """
+    if Path(name).is_dir():
+        files = [(path, path.stat()) for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        seen = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files]
+        return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
+    try:
+        return HfApi().dataset_info(name, timeout=HUB_TIMEOUT).sha[:8]
+    except Exception:  # no network, no such thing: whoever reads it says what is wrong
+        return ""
+
+
+def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str, str]]:
+    """The pictures of a data set as their files' bytes, with their kinds and captions, one at a time."""
     import datasets  # seconds that only this flag costs
+    import fsspec
 
     rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True,
                                  cache_dir=args.cache_dir)
@@ -1035,7 +1054,15 @@ def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str]]:
     if missing:
         raise ValueError(f"it has no column {missing[0]}; there are {', '.join(rows.column_names)}")
     for row in rows.cast_column(image, datasets.Image(decode=False)):
-        yield row[image]["bytes"] or Path(row[image]["path"]).read_bytes(), row[caption] if caption else ""
+        data = row[image]["bytes"]
+        if data is None:  # a file of its own, which may lie on the Hub or in an archive
+            with fsspec.open(row[image]["path"], "rb") as file:
+                data = file.read()
+        kind = Image.open(io.BytesIO(data)).format.lower()
+        kind = "jpg" if kind == "mpo" else kind  # a JPEG of several pictures
+        if f".{kind}" not in PICTURE_SUFFIXES:
+            raise ValueError(f"a picture is in {kind}; convert it to PNG")
+        yield data, kind, row[caption] if caption else ""
 
 
 def fetch_dataset(args: argparse.Namespace) -> None:
@@ -1046,8 +1073,8 @@ def fetch_dataset(args: argparse.Namespace) -> None:
     try:
         with written_beside(folder, f".{os.getpid()}") as unfinished:
             unfinished.mkdir()
-            for number_, (data, caption) in enumerate(dataset_rows(args)):
-                name = f"{number_:06d}.{Image.open(io.BytesIO(data)).format.lower()}"
+            for number_, (data, kind, caption) in enumerate(dataset_rows(args)):
+                name = f"{number_:06d}.{kind}"
                 (unfinished / name).write_bytes(data)
                 captions.append(json.dumps({"file_name": name, "text": caption}))
             (unfinished / "metadata.jsonl").write_text("\n".join(captions), encoding="utf-8")
@@ -1082,10 +1109,11 @@ def read_metadata(path: Path) -> dict[Path, str]:
             entry = row if isinstance(row, dict) else json.loads(row.strip() or "null")
             if entry is None:  # an empty line
                 continue
-            picture, text = Path(os.path.normpath(path.parent / entry["file_name"])), entry["text"]
+            picture, text = path.parent / os.path.normpath(entry["file_name"]), entry["text"]
             faulty = {
                 "has no text": not isinstance(text, str),
-                "is outside of the folder": not picture.resolve().is_relative_to(path.parent.resolve()),
+                "is outside of the folder": not Path(os.path.abspath(picture)).is_relative_to(
+                    os.path.abspath(path.parent)),  # as it is written: the Hub's cache is links to elsewhere
                 "is not there": not os.path.isfile(picture),  # is_file() raises where a name is too long
                 "is named twice": picture in captions,
             }
@@ -1348,6 +1376,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipelin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_session
@@ -1355,9 +1384,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
@@ -1492,12 +1520,78 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
         raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
                         f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
-    return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
+    if dtype is None:
+        return loaded
+    return (make_lean(loaded) if part == "vae" else loaded).requires_grad_(False).eval().to(device)
 
 
 def vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a VAE computes in: float32 where its configuration says that it overflows in float16."""
     return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
+
+
+WHOLE, STRIP = 2**18, 2**15  # places of a picture: above the first a VAE's layer works on strips of the second
+
+
+def in_strips(conv: nn.Conv2d, x: Tensor, prepare: Callable[[Tensor], Tensor], scale: int = 1) -> Tensor:
+    """The 3x3 convolution of prepare(x), a few rows at a time; prepare makes pictures `scale` times as large."""
+    height, width = x.shape[-2:]
+    rows, cut = max(1, STRIP // width), scale - 1  # one row on each side is needed, and prepare makes `scale` of it
+    result = x.new_empty(len(x), conv.out_channels, scale * height, scale * width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        is_first, is_last = top == 0, bottom == height
+        strip = prepare(x[:, :, max(0, top - 1):bottom + 1])
+        strip = strip[:, :, 0 if is_first else cut:None if is_last else strip.shape[2] - cut]
+        if is_first or is_last:
+            strip = nn.functional.pad(strip, (0, 0, int(is_first), int(is_last)))
+        result[:, :, scale * top:scale * bottom] = nn.functional.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
+    return result
+
+
+class LeanResnet(ResnetBlock2D):
+    """A VAE's residual block that takes half the memory for a large picture: only its ends are whole, and the norm's
+    mean and variance. Tiles need as little, but each has a norm of its own, which shows.
+    """
+
+    def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
+        """Maps (B, in, h, w) to (B, out, h, w); without gradients."""
+        if input_tensor.shape[-2:].numel() <= WHOLE:
+            return super().forward(input_tensor, temb)
+        hidden = in_strips(self.conv1, input_tensor, self.normed(self.norm1, input_tensor))
+        hidden = in_strips(self.conv2, hidden, self.normed(self.norm2, hidden))
+        hidden += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        input_tensor.data = hidden.new_empty(0)  # whoever called still holds it, for nothing
+        return hidden.div_(self.output_scale_factor)
+
+    def normed(self, norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function of some rows of x, which applies the group norm of all of x and the nonlinearity."""
+        batch, channels, *places = x.shape
+        _, mean, rstd = torch.native_group_norm(x, norm.weight, norm.bias, batch, channels, math.prod(places),
+                                                norm.num_groups, norm.eps)
+        each = channels // norm.num_groups
+        scale = rstd.repeat_interleave(each, 1).float() * norm.weight
+        shift = norm.bias - mean.repeat_interleave(each, 1) * scale
+        scale, shift = (row[:, :, None, None].to(x.dtype) for row in (scale, shift))
+        return lambda rows: self.nonlinearity(torch.addcmul(shift, rows, scale))
+
+
+class LeanUpsample(Upsample2D):
+    """A VAE's upsampling of a large picture that never holds it unconvolved."""
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """Maps (B, c, h, w) to (B, out, 2 h, 2 w)."""
+        if 4 * hidden_states.shape[-2:].numel() <= WHOLE or not self.use_conv or self.use_conv_transpose:
+            return super().forward(hidden_states, *rest, **more)
+        return in_strips(self.conv, hidden_states, functools.partial(nn.functional.interpolate, scale_factor=2.0), 2)
+
+
+def make_lean(vae: AutoencoderKL) -> AutoencoderKL:
+    """Let the VAE's layers take less memory for the same answer."""
+    for module in vae.modules():
+        lean = {ResnetBlock2D: LeanResnet, Upsample2D: LeanUpsample}.get(type(module))
+        module.__class__ = lean or module.__class__
+    return vae
 
 
 def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
@@ -2261,7 +2355,7 @@ def move_frozen(unet: nn.Module, device: torch.device) -> None:
 def decode_latents(run: Run, unet: nn.Module, vae: AutoencoderKL, latents: Iterable[Tensor]) -> list[Image.Image]:
     """Pictures of latents (B, 4, h, w), as the pipeline makes them, one at a time; the VAE leaves the device after.
 
-    Where memory is short the UNet stands aside meanwhile: tiles would need as little, but change the picture.
+    Where memory is short the UNet stands aside meanwhile.
     """
     config, dtype = vae.config, vae_dtype(vae.config, vae.dtype)
     move_frozen(unet, torch.device("cpu") if checkpointed(run.args) else run.device)
@@ -2302,9 +2396,10 @@ def make_class_images(run: Run) -> None:
     missing = missing_class_images(folder, args.num_class_images)
     accelerator.wait_for_everyone()  # every rank has looked before any draws
     share = missing[accelerator.process_index::accelerator.num_processes]
-    if share:
-        dtype = class_dtype(run)
+    dtype = class_dtype(run)
+    if any(gather_object([bool(missing)])):  # all ranks encode together, also those that will draw nothing
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
+    if share:
         unet, vae = load_unet(run, dtype), load_part(run.vae, "vae", dtype)
         model = TrainableSDXL(unet)
         bar = progress_bar(len(share), "Class pictures")
@@ -2731,6 +2826,7 @@ class Schedule(NamedTuple):
     steps_per_epoch: float
     samples_per_step: int
     validation_steps: int  # between two validations
+    warmup_steps: int = 0
 
 
 def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Schedule:
@@ -2740,7 +2836,9 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     passes = args.steps_per_image / args.repeats if args.steps_per_image else args.num_train_epochs
     total_steps = args.max_train_steps or math.ceil(passes * steps_per_epoch)
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * steps_per_epoch))
-    return Schedule(total_steps, steps_per_epoch, samples_per_step, validation_steps)
+    warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps < total_steps else total_steps // 10
+    warmup_steps = 0 if args.lr_scheduler == "constant" else warmup_steps
+    return Schedule(total_steps, steps_per_epoch, samples_per_step, validation_steps, warmup_steps)
 
 
 def optimizer_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -2749,7 +2847,7 @@ def optimizer_settings(args: argparse.Namespace) -> dict[str, Any]:
     adam = {**betas, "eps": args.adam_epsilon}
     return {
         "adamw": {**adam, "fused": True},  # one launch for a thousand small tensors
-        "lion8bit": betas,
+        "lion8bit": {} if betas["betas"] == (0.9, 0.999) else betas,  # arXiv:2302.06675 takes (0.9, 0.99)
         "prodigy": {**adam, "beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple,  # arXiv:2306.06101
                     "use_bias_correction": args.prodigy_use_bias_correction,
                     "safeguard_warmup": args.prodigy_safeguard_warmup},
@@ -2780,7 +2878,7 @@ def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_s
         group = groups.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
     make = getattr(importlib.import_module(kind.module), kind.name)
-    optimizer = make(list(groups.values()), **optimizer_settings(args))
+    optimizer = make(list(groups.values()), lr=args.learning_rate, **optimizer_settings(args))
     if kind.name == "AdamWScheduleFree":
         optimizer.train()
     return optimizer
@@ -3035,8 +3133,6 @@ class StopSignals:
             asked = torch.tensor([stop, save])  # on the host: no step waits for its device here
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.hosts)
             stop, save = asked.tolist()
-        if save:
-            self.saved = now
         return stop, save
 
 
@@ -3575,7 +3671,7 @@ def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str) 
     args, accelerator = run.args, run.accelerator
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
     lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=schedule.total_steps,
+        args.lr_scheduler, optimizer, num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.total_steps,
         num_cycles=args.lr_num_cycles, power=args.lr_power)
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
     average = make_average(args, list(model.adapters.values()), optimizer)
@@ -3602,8 +3698,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
         validate(0)
     model.train()
     progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters)
-    run.stop.training = True
-    stop = 0
+    run.stop.training, run.stop.saved, stop = True, time.monotonic(), 0
     with progress.bar:
         while step < last and not stop:
             events.settle_text(step, average)
@@ -3623,10 +3718,12 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             optimizer.zero_grad()
             step, (stop, save_now) = step + 1, run.stop.wishes(accelerator)
             saving = due(step, args.checkpointing_steps) or save_now or (stop and step < last)
-            if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
+            if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last) \
+                    or due(step, schedule.validation_steps):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if saving:
                 save(step)
+                run.stop.saved = time.monotonic()
             if step == last:
                 save_loras()  # before the last pictures: a card that is too small for those has the LoRA
             if due(step, schedule.validation_steps, last):
@@ -4014,9 +4111,11 @@ class MemoryMeter(TorchDispatchMode):
     operators, the launches (those that are neither views nor queries), and the floating-point operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
-        self.bytes = self.peak = self.weights = self.operators = self.launches = self.flops = 0
+        self.device = device
+        self.shapes: dict[Any, Any] = {}
+        self.bytes = self.peak = self.weights = self.trained = self.operators = self.launches = self.flops = 0
         self.living = set()
 
     def begin(self) -> None:
@@ -4025,16 +4124,34 @@ class MemoryMeter(TorchDispatchMode):
         self.operators = self.launches = self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        is_known = self.device == "meta" and not func.is_view and not func._schema.is_mutable
+        result = self.by_shape(func, args, kwargs or {}) if is_known else func(*args, **(kwargs or {}))
         called = "prim" not in func.namespace
         self.operators += called
         self.launches += called and not func.is_view
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 self.note(tensor.untyped_storage())
         return result
+
+    def by_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator makes on the meta device, worked out once for arguments of the same shapes."""
+        leaves, structure = tree_flatten((args, kwargs))
+        key = (func, structure, *(shape_of(leaf) for leaf in leaves))
+        if key not in self.shapes:
+            result = func(*args, **kwargs)
+            made, structure = tree_flatten(result)
+            given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+            is_new = all(leaf is None or leaf.untyped_storage()._cdata not in given for leaf in made)
+            self.shapes[key] = ([None if leaf is None else shape_of(leaf) for leaf in made], structure, is_new)
+            return result
+        shapes, structure, is_new = self.shapes[key]
+        if not is_new:  # a view by another name
+            return func(*args, **kwargs)
+        made = [shape and torch.empty_strided(*shape[:2], dtype=shape[2], device="meta") for shape in shapes]
+        return tree_unflatten(made, structure)
 
     def note(self, storage: torch.UntypedStorage) -> None:
         """Count a storage until it dies."""
@@ -4049,6 +4166,23 @@ class MemoryMeter(TorchDispatchMode):
         """Stop counting a storage that died."""
         self.living.discard(key)
         self.bytes -= size
+
+
+def shape_of(leaf: Any) -> Any:
+    """What of an operator's argument decides the shapes of its results."""
+    return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention that keeps no products of queries and keys, as CPUs and GPUs have it; the meta device has it not."""
+    usual = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = \
+        lambda query, key, value, *_, **__: ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = usual
 
 
 def sketch(source: Source, part: str) -> nn.Module:
@@ -4086,11 +4220,12 @@ def give_storage(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 class Rehearsal:
     """A run's phases on fake tensors. Each method is a phase; weights, activations, gradients and moments count."""
 
-    def __init__(self, run: Run, encoders: Sequence[nn.Module]) -> None:
-        self.run, self.args, self.encoders, self.meter = run, run.args, encoders, MemoryMeter()
+    def __init__(self, run: Run) -> None:
+        self.run, self.args, self.meter = run, run.args, MemoryMeter("meta")
+        self.encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
         self.resolution, self.side = run.args.resolution, run.args.resolution // run.vae_factor
         self.drawn = (run.args.validation_resolution or run.args.resolution) // run.vae_factor
-        self.objective = make_objective(run.args, run.scheduler)
+        self.objective = make_objective(run.args, run.scheduler, torch.device("meta"))
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -4107,7 +4242,7 @@ class Rehearsal:
         """The UNet as it lies on the device; unpacked it was on the host only."""
         give_storage(self.unet, dtype)
         if self.args.base_precision != "auto":
-            pack_unet(self.unet, self.args.base_precision, torch.device("cpu"))
+            pack_unet(self.unet, self.args.base_precision, torch.device("meta"))
         self.meter.begin()
         return self.unet
 
@@ -4119,7 +4254,7 @@ class Rehearsal:
 
     def vae(self) -> AutoencoderKL:
         """The VAE in the dtype that it needs."""
-        vae = sketch(self.run.vae, "vae")
+        vae = make_lean(sketch(self.run.vae, "vae"))
         give_storage(vae, vae_dtype(vae.config, self.run.dtype))
         self.meter.begin()
         return vae
@@ -4147,6 +4282,7 @@ class Rehearsal:
     def training(self) -> None:
         """One optimizer step, the optimizer's moments included."""
         args, trained = self.args, self.encoders if trains_text(self.args) else []
+        adapt_sketch(args, self.unet, trained)
         for encoder in trained:
             give_storage(encoder, self.run.dtype)
         unet = self.packed_unet(self.run.dtype)
@@ -4156,6 +4292,7 @@ class Rehearsal:
         state = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema
         moments = [torch.empty(adapter.numel() * state, dtype=torch.uint8) for adapter in adapters]
         self.meter.begin()
+        self.meter.trained = sum(tensor.nbytes for tensor in (*adapters, *moments))
         rows = args.train_batch_size * (1 + (args.prior_preservation in ("pictures", "base_model")))
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
         latents = torch.empty(2, rows, 4, self.side, self.side)
@@ -4167,31 +4304,38 @@ class Rehearsal:
         del moments
 
 
+PHASES: dict[str, Callable[[Rehearsal], None]] = {
+    "class pictures": lambda room: room.drawing(room.args.sample_batch_size, class_dtype(room.run), room.side),
+    "latents": Rehearsal.pictures,
+    "validation": lambda room: room.drawing(1, room.run.dtype, room.drawn),
+    "decoding": Rehearsal.decoding,
+    "training": Rehearsal.training,
+    "prompts": Rehearsal.prompts,
+}
+
+
+def phases_of(run: Run) -> list[str]:
+    """The phases that a run will have."""
+    prior = run.args.prior_preservation == "pictures"
+    left_out = {"class pictures": not prior, "validation": not run.prompts, "decoding": not prior and not run.prompts,
+                "prompts": trains_text(run.args)}
+    return [name for name in PHASES if not left_out.get(name)]
+
+
 @torch.no_grad()
-def estimate_memory(run: Run) -> dict[str, MemoryMeter]:
-    """The cost of each phase that the run will have; no weight is read and no kernel is run."""
-    args, prior, validation = run.args, run.args.prior_preservation == "pictures", bool(run.prompts)
-    if args.base_precision == "nf4":
+def rehearse(run: Run, phase: str) -> MemoryMeter:
+    """The cost of a phase; no weight is read and no kernel is run."""
+    if run.args.base_precision == "nf4":
         PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
-    encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
-    phases: dict[str, tuple[bool, Callable[[Rehearsal], None]]] = {
-        "class pictures": (prior, lambda room: room.drawing(args.sample_batch_size, class_dtype(run), room.side)),
-        "latents": (True, Rehearsal.pictures),
-        "validation": (validation, lambda room: room.drawing(1, run.dtype, room.drawn)),
-        "decoding": (validation or prior, Rehearsal.decoding),
-        "training": (True, Rehearsal.training),
-        "prompts": (not trains_text(args), Rehearsal.prompts),
-    }
-    costs = {}
-    for name, (happens, phase) in phases.items():
-        if happens:
-            rehearsal = Rehearsal(run, encoders)
-            if name == "training":
-                adapt_sketch(args, rehearsal.unet, encoders)
-            with FakeTensorMode(allow_non_fake_inputs=True), rehearsal.meter:
-                phase(rehearsal)
-            costs[name] = rehearsal.meter
-    return costs
+    rehearsal = Rehearsal(run)
+    with torch.device("meta"), fused_attention(), rehearsal.meter:
+        PHASES[phase](rehearsal)
+    return rehearsal.meter
+
+
+def estimate_memory(run: Run) -> dict[str, MemoryMeter]:
+    """The cost of each phase that the run will have."""
+    return {phase: rehearse(run, phase) for phase in phases_of(run)}
 
 
 def largest(costs: dict[str, MemoryMeter]) -> tuple[str, float]:
@@ -4200,7 +4344,7 @@ def largest(costs: dict[str, MemoryMeter]) -> tuple[str, float]:
     return name, costs[name].peak / GB
 
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that are checkpointed: each estimate takes seconds
+RUNGS = 8  # eighths of the blocks are checkpointed: each estimate takes seconds
 CURES = {"training": "a smaller --resolution or --train_batch_size", None: "a smaller --resolution",
          "latents": "a smaller --resolution, or a VAE that does without float32,",
          "decoding": "a smaller --validation_resolution, or a VAE that does without float32,"}
@@ -4241,24 +4385,36 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
     args, all_ = run.args, len(blocks_of(sketch(run.base, "unet")))
     least = min(all_, max(0, checkpointed(args)))  # what was asked for stays
     smaller = ("int8", "nf4") if args.base_precision == "auto" and not args.use_dora else ()  # DoRA needs it unpacked
-    ladder = [(args.base_precision, max(least, round(share * all_))) for share in SHARES]
+    ladder = [(args.base_precision, max(least, round(all_ * rung / RUNGS))) for rung in range(RUNGS + 1)]
     ladder = [*dict.fromkeys(ladder), *((precision, all_) for precision in smaller)]
 
+    def fit(precision: str, count: int) -> Run:
+        chosen = {"base_precision": precision, "checkpoint_blocks": count, "sample_batch_size": 1,
+                  "gradient_checkpointing": args.gradient_checkpointing or count == all_,
+                  "vram_budget": None}  # a run that starts again from its settings has chosen
+        return replace(run, args=argparse.Namespace(**{**vars(args), **chosen}))
+
     @functools.cache
+    def cost(phase: str, precision: str, count: int) -> MemoryMeter:
+        return rehearse(fit(precision, count), phase)
+
     def rung(number_: int) -> tuple[Run, str, float]:
         precision, count = ladder[number_]
-        chosen = {"base_precision": precision, "checkpoint_blocks": count, "gradient_checkpointing": count == all_,
-                  "sample_batch_size": 1, "vram_budget": None}  # a run that starts again from its settings has chosen
-        fitted = replace(run, args=argparse.Namespace(**{**vars(args), **chosen}))
-        return fitted, *largest(estimate_memory(fitted))
+        fitted = fit(precision, count)
+        # to the other phases it matters only whether blocks are checkpointed
+        costs = {phase: cost(phase, precision, count if phase == "training" else min(count, 1))
+                 for phase in phases_of(fitted)}
+        return fitted, *largest(costs)
 
     found = bisect.bisect_left(range(len(ladder)), True, key=lambda number_: rung(number_)[2] <= budget)
     fitted, name, peak = rung(min(found, len(ladder) - 1))
     if peak > budget:
         raise UserError(f"--vram_budget {budget:.3g} is too small: with all that saves memory the largest phase, "
                         f"{name}, takes {math.ceil(100 * peak) / 100:g} GB; {CURES.get(name, CURES[None])} helps.")
+    one = " --sample_batch_size 1" * (args.prior_preservation == "pictures")
     return fitted, (f"--base_precision {fitted.args.base_precision} --checkpoint_blocks "
-                    f"{fitted.args.checkpoint_blocks}: the largest phase, {name}, takes {peak:.3g} of {budget:.3g} GB")
+                    f"{fitted.args.checkpoint_blocks}{one}: the largest phase, {name}, takes {peak:.3g} of "
+                    f"{budget:.3g} GB")
 
 
 # -------------------------------------------------------------------------------------------------------------- entry
@@ -4407,14 +4563,19 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
                 f"{packed} on {run.device}{prediction_of(run.scheduler)}",
         "VAE": args.pretrained_vae_model_name_or_path or "",
         "LoRA": describe_adapters(run),
-        "Optimizer": f"{args.optimizer}, rate {args.learning_rate:g}, {args.lr_scheduler}",
+        "Optimizer": f"{args.optimizer}, rate {args.learning_rate:g}, {args.lr_scheduler}"
+                     + f", {schedule.warmup_steps} steps of warm-up" * bool(schedule.warmup_steps),
         "Steps": f"{schedule.total_steps} of {batch} pictures at {args.resolution} px, which is {passes:.0f} passes; "
                  f"seed {run.seed}"}
     return {name: text for name, text in facts.items() if text}
 
 
-def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
+def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: Sequence[Bucket],
+                 schedule: Schedule) -> None:
     """Tell of what is odd about pictures and captions, and of a run that is too short."""
+    if args.lr_scheduler != "constant" and schedule.warmup_steps < args.lr_warmup_steps:
+        logger.warning("warning: --lr_warmup_steps %d is the whole run of %d steps; a tenth of it is taken.",
+                       args.lr_warmup_steps, schedule.total_steps)
     if not args.max_train_steps and not args.steps_per_image and args.num_train_epochs == 1:
         logger.warning("warning: one pass over the pictures is far too little to learn a subject; --steps_per_image "
                        "100 is a beginning.")
@@ -4428,10 +4589,12 @@ def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: S
 def say_estimate(run: Run, budget: float | None) -> None:
     """Tell what each phase takes, computed, and whether that fits."""
     costs = estimate_memory(run)
-    logger.info("%-15s%9s%9s%9s%9s%10s", "computed", "peak GB", "weights", "at work", "TFLOP", "launches")
+    logger.info("%-15s%9s%9s%9s%9s%9s%10s", "computed", "peak GB", "frozen", "trained", "at work", "TFLOP", "launches")
     for phase, cost in costs.items():
-        sizes = (size / GB for size in (cost.peak, cost.weights, cost.peak - cost.weights))
-        logger.info("%-15s%9.3f%9.3f%9.3f%9.3g%10s", phase, *sizes, cost.flops / 1e12, f"{cost.launches:,}")
+        sizes = (cost.peak, cost.weights - cost.trained, cost.trained, cost.peak - cost.weights)
+        logger.info("%-15s%9.3f%9.3f%9.3f%9.3f%9.3g%10s", phase, *(size / GB for size in sizes), cost.flops / 1e12,
+                    f"{cost.launches:,}")
+    logger.info("Trained are adapters and moments; at work is what else lives at the peak, gradients included.")
     logger.info("Operations are those of one picture, one prompt, one denoising step and one training step.")
     name, peak = largest(costs)
     room = budget or next((card for card in CARDS if peak <= card), CARDS[-1])
@@ -4463,7 +4626,7 @@ def main(args: argparse.Namespace) -> None:
         size = megabytes(cache_bytes(run, len(subject)))
         say([*facts.items(), ("From", args.dataset_name or args.instance_data_dir),
              ("Output", f"{args.output_dir}; latents of the subject take up to {size} in {run.store.folder}")])
-        warn_of_data(run.args, subject, buckets)
+        warn_of_data(run.args, subject, buckets, schedule)
         warn_of_long_prompts(run, prompts_of(run, subject))
         if run.args.dry_run:
             say_estimate(run, budget)

@@ -12,18 +12,20 @@ and two processes with one subject each may fill it together.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.update(HF_HUB_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "toy_world"))
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from judge import Judge
 from learning import ROOT, TOY
@@ -34,7 +36,7 @@ from scene import PLACES, SUBJECTS
 FLAGS = {
     "resolution": 64,
     "rank": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "train_batch_size": 5,
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 20,
@@ -70,6 +72,9 @@ METHODS = {
     "schedule-free": {"optimizer": "schedule_free"},
     "adafactor": {"optimizer": "adafactor"},
     "lion 8 bit": {"optimizer": "lion8bit", "learning_rate": 1e-4},
+    "base in fp8": {"base_precision": "fp8"},
+    "base in int8": {"base_precision": "int8"},
+    "base in nf4": {"base_precision": "nf4"},
 }
 
 
@@ -106,15 +111,22 @@ class Run(NamedTuple):
 
 
 def train(run: Run, out: Path, steps: int) -> float:
-    """Train unless it is done; returns its seconds."""
+    """Train unless it is done; returns its seconds of processor time, on one thread."""
     finished = run.folder(out) / "finished"  # a LoRA alone may be that of a run that was stopped
     if not finished.exists():
-        flags, began = run.flags(out, steps), time.perf_counter()
+        flags, began = run.flags(out, steps), processor_seconds()
         words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
         script = ROOT / "train_dreambooth_lora_sdxl.py"
-        subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL)
-        finished.write_text(str(time.perf_counter() - began))
+        subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        finished.write_text(str(processor_seconds() - began))
     return float(finished.read_text())
+
+
+def processor_seconds() -> float:
+    """What all finished children have used; other work on the machine hardly changes it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Eyes:
@@ -123,8 +135,8 @@ class Eyes:
     def __init__(self, a_place: int) -> None:
         self.judge, self.a_place, self.before = Judge(), a_place, {}
 
-    def draw(self, prompts: Sequence[str], lora: Path | None) -> list[Image.Image]:
-        """One picture a prompt, seeded by its number; eight steps of DPM-Solver++ are as good here as 25 of Euler."""
+    def draw(self, prompts: Sequence[str], seeds: Iterable[int], lora: Path | None) -> list[Image.Image]:
+        """One picture a prompt; eight steps of DPM-Solver++ are as good here as 25 of Euler."""
         pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", dtype=torch.float32)
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
@@ -137,22 +149,22 @@ class Eyes:
                 encoder, tokenizer = getattr(pipeline, f"text_encoder{end}"), getattr(pipeline, f"tokenizer{end}")
                 pipeline.load_textual_inversion(rows[name], token=words, text_encoder=encoder, tokenizer=tokenizer)
             pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(list(prompts), num_inference_steps=8, generator=generators).images
 
     def look(self, run: Run, lora: Path) -> dict[str, float]:
         """Percentages, and the drift of the class's pictures in grey levels; kept beside the LoRA."""
         kept = lora / "judged.json"
         if not kept.exists():
-            class_name, count = SUBJECTS[run.subject], self.a_place * len(PLACES)
+            class_name, places = SUBJECTS[run.subject], [place for place in PLACES for _ in range(self.a_place)]
             word = TOKENS if "train_text_encoder_ti" in METHODS[run.method] else "sks"
-            of_class = [f"a photo of a {class_name}"] * count
+            prompts = [f"a photo of a {word} {class_name} {place}" for place in places]
+            of_class, seeds = [f"a photo of a {class_name}"] * len(places), range(len(places))
             if class_name not in self.before:
-                self.before[class_name] = np.stack(self.draw(of_class, None)).astype(float)
-            places = [place for place in PLACES for _ in range(self.a_place)]
-            shown = self.judge(self.draw([f"a photo of a {word} {class_name} {place}" for place in places], lora))
-            after = self.draw(of_class, lora)
-            seen = self.judge(after)
+                self.before[class_name] = np.stack(self.draw(of_class, seeds, None)).astype(float)
+            drawn = self.draw([*prompts, *of_class], [*seeds, *seeds], lora)
+            after = drawn[len(places):]
+            shown, seen = self.judge(drawn[: len(places)]), self.judge(after)
             share = {
                 "subject shown": [verdict.subjects[run.subject] > 0.5 for verdict in shown],
                 "place right": [verdict.place == place for verdict, place in zip(shown, places, strict=True)],
@@ -263,12 +275,15 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pictures", type=int, default=5, help="a place; six times as many in all")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pictures", type=int, default=3, help="a place; six times as many in all")
     parser.add_argument("--rates", nargs="*", type=float, help="instead: which rule for stopping would have paid?")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     eyes, studies = Eyes(args.pictures), {}
     if args.rates:
         runs = [Run(subject, "plain", seed, rate)

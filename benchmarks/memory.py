@@ -3,7 +3,7 @@
     python benchmarks/memory.py                        # the table of README, about 5 minutes on a CPU
     python benchmarks/memory.py --measure --resolution 512 --recipes half    # a real step with random weights
 
-Computed means: shapes only, in torch's FakeTensorMode, every storage counted; workspaces, fragmentation and a GPU's
+Computed means: shapes only, on torch's meta device, every storage counted; workspaces, fragmentation and a GPU's
 own context come on top. Measured means: the same step with real tensors, counted alike, beside what the process or the
 GPU says. Please send back what it says on your card.
 """
@@ -37,9 +37,14 @@ RECIPES = {
 
 def computed(run: trainer.Run) -> dict[str, int]:
     """Bytes of every phase, class pictures included."""
+    costs = {**trainer.estimate_memory(run), "class pictures": trainer.rehearse(with_prior(run), "class pictures")}
+    return {phase: cost.peak for phase, cost in costs.items()}
+
+
+def with_prior(run: trainer.Run) -> trainer.Run:
+    """The same run with class pictures: a step has two rows."""
     args = argparse.Namespace(**{**vars(run.args), "prior_preservation": "pictures", "sample_batch_size": 1})
-    drawn = trainer.estimate_memory(trainer.replace(run, args=args))["class pictures"]
-    return {phase: cost.peak for phase, cost in {**trainer.estimate_memory(run), "class pictures": drawn}.items()}
+    return trainer.replace(run, args=args)
 
 
 def measured(run: trainer.Run) -> dict[str, float]:
@@ -69,6 +74,7 @@ def main() -> None:
             run = start_run(base, folder, RECIPES[recipe], args.resolution)
             peaks = computed(run)
             told = "  ".join(f"{phase} {peak / 1e9:.2f}" for phase, peak in peaks.items())
+            told += f"; training with class pictures {trainer.rehearse(with_prior(run), 'training').peak / 1e9:.2f}"
             print(f"{recipe:26} run {max(peaks.values()) / 1e9:.2f} GB = {told}", flush=True)
             if args.measure:
                 found = measured(run)

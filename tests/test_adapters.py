@@ -256,6 +256,12 @@ def test_schedule_free_warms_up_where_it_is_told_to():
     assert constant.param_groups[0]["warmup_steps"] == 0
 
 
+def test_lion_has_its_own_decay_unless_told_otherwise():
+    """arXiv:2302.06675: 0.9 and 0.99; Adam's 0.999 would remember ten times as long."""
+    assert quadratic("lion8bit")[0].param_groups[0]["betas"] == (0.9, 0.99)
+    assert quadratic("lion8bit", adam_beta2=0.98)[0].param_groups[0]["betas"] == (0.9, 0.98)
+
+
 def test_prodigys_flags_reach_it():
     flags = {"learning_rate": 1.0, "prodigy_beta3": 0.5, "prodigy_decouple": False, "prodigy_safeguard_warmup": False}
     optimizer, _ = quadratic("Prodigy", **flags, prodigy_use_bias_correction=False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -204,6 +205,50 @@ def test_a_data_set_is_read_through_datasets(train, folder, tmp_path, kind, caps
         train(**{**flags, "caption_column": "nothing"})
     with pytest.raises(trainer.UserError, match="--dataset_name .*nowhere cannot be read"):
         train(**{**flags, "dataset_name": tmp_path / "nowhere"})
+
+
+def test_a_data_set_of_files_in_an_archive_and_what_phones_write(train, folder, tmp_path):
+    """Rows that hold an address instead of bytes, as the Hub's folders of pictures do; a JPEG of two pictures, which
+    Pillow calls MPO, is a JPEG.
+    """
+    red, more = Image.new("RGB", (30, 20), "red"), [Image.new("L", (9, 9))]
+    red.save(folder / "m.jpg", "MPO", save_all=True, append_images=more)
+    source = tmp_path / "source"
+    source.mkdir()
+    with zipfile.ZipFile(source / "train.zip", "w") as archive:
+        for name in ("a.png", "m.jpg"):
+            archive.write(folder / name, name)
+    flags = {"instance_data_dir": None, "dataset_name": source, "max_train_steps": 1}
+    train(**flags)
+    samples = trainer.instance_samples(train.args(**flags))
+    assert [sample.path.name for sample in samples] == ["000000.png", "000001.jpg"]
+    assert samples[0].path.read_bytes() == (folder / "a.png").read_bytes()
+
+
+def test_a_data_set_that_changed_is_read_again(train, folder, monkeypatch):
+    """Here by its files; on the Hub by its commit, and out of reach of the Hub the newest copy is taken."""
+    (folder / "metadata.csv").write_text("file_name,text\na.png,red\nb.jpg,green\n")
+    flags = {"instance_data_dir": None, "dataset_name": folder, "caption_column": "text", "max_train_steps": 1}
+    train(**flags)
+    (folder / "metadata.csv").write_text("file_name,text\na.png,crimson\nb.jpg,green\n")
+    trainer.dataset_version.cache_clear()  # a new process
+    train(**flags)
+    read = {sample.prompt for sample in trainer.instance_samples(train.args(**flags))}
+    assert read == {"crimson", "green"}
+    newest = trainer.pictures_folder(train.args(**flags))
+    monkeypatch.setattr(trainer, "dataset_version", lambda name: "")
+    assert trainer.pictures_folder(train.args(**flags)) == newest
+
+
+def test_metadata_is_found_however_the_folder_is_written(train, folder, tmp_path):
+    """With .. in the path, and where pictures are links to elsewhere, as in the Hub's cache."""
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')
+    (tmp_path / "other").mkdir()
+    assert prompts(train, tmp_path / "other" / ".." / "data")["a.png"] == "red"
+    (tmp_path / "blob").write_bytes((folder / "a.png").read_bytes())
+    (folder / "a.png").unlink()
+    (folder / "a.png").symlink_to(tmp_path / "blob")
+    assert prompts(train, folder)["a.png"] == "red"
 
 
 def test_pictures_come_from_one_place(train, folder):

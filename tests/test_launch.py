@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,20 +271,29 @@ def test_two_ranks_share_out_what_is_drawn(train, tmp_path, free_port):
         "validation_epochs": 1000,
     }
     launcher = (*TWO, "--num_processes=2", "--num_machines=1", f"--main_process_port={free_port}")
-    told = subprocess.run(
-        [*launcher, str(tmp_path / "counted.py"), *train.words(**flags)],
-        env={**os.environ, **ON_CPUS, "TRAINER": str(SCRIPT.parent), "DRAWN": str(tmp_path / "drawn")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert told.returncode == 0, told.stderr
+
+    def run() -> None:
+        told = subprocess.run(
+            [*launcher, str(tmp_path / "counted.py"), *train.words(**flags)],
+            env={**os.environ, **ON_CPUS, "TRAINER": str(SCRIPT.parent), "DRAWN": str(tmp_path / "drawn")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert told.returncode == 0, told.stderr
+
+    run()
     seeds = [trainer.position_seed(1, "class picture", index) for index in range(5)]
     for rank in (0, 1):
         drawn = [f"a dog|{seed}" for seed in seeds[rank::2]] + [f"a mug|{seed}" for seed in (1, 2, 3)[rank::2]] * 2
         assert (tmp_path / "drawn" / str(rank)).read_text().splitlines() == drawn
     assert len(list((tmp_path / "class").iterdir())) == 5
     assert len(list(Path(train.flags["output_dir"]).glob("validation/*/*.png"))) == 6
+    (tmp_path / "class" / "generated-00003.png").unlink()
+    shutil.rmtree(Path(train.flags["output_dir"]) / "cache")
+    run()  # one rank has nothing to draw, and a prompt to encode
+    assert (tmp_path / "drawn" / "0").read_text().count("a dog") == 4
+    assert len(list((tmp_path / "class").iterdir())) == 5
 
 
 SIGNALLED = {**LONG, "max_train_steps": 100_000, "checkpointing_steps": 100_000}

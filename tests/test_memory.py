@@ -2,11 +2,14 @@
 
 import gc
 import shutil
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import AutoencoderKL
 from full_size import write_configuration
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -246,39 +249,150 @@ def test_the_estimate_is_what_happens(train, tmp_path, name):
     assert abs(predicted / meter.peak - 1) < 0.05, (predicted, meter.peak)
 
 
-def test_the_estimate_of_the_full_size_model(train, tmp_path):
-    """SDXL's own configuration, no weights: the targets for a whole run at 1024 px, batch 1, rank 4."""
+class Device:
+    """Counts the real tensors of a phase as if there were a device apart: what a load takes on its way does not count,
+    what it leaves does, and what is loaded for the host is not loaded.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        self.patch, self.meter = monkeypatch, None
+        for name in ("load_part", "load_unet", "load_trainable"):
+            monkeypatch.setattr(trainer, name, self.loading(getattr(trainer, name)))
+
+    def loading(self, load):
+        def loaded(source, *rest, **words):
+            if rest[:1] == ("vae",) and len(rest) < 3:
+                return None
+            before, part = self.meter and self.meter.peak, load(source, *rest, **words)
+            if self.meter and isinstance(part, nn.Module):
+                gc.collect()
+                for tensor in (*part.parameters(), *part.buffers()):  # some are loaded in other threads
+                    self.meter.note(tensor.untyped_storage())
+                self.meter.peak = max(before, self.meter.bytes)
+            return part
+
+        return loaded
+
+    def peak(self, phase) -> int:
+        gc.collect()
+        with trainer.MemoryMeter() as self.meter:
+            phase()
+        peak, self.meter = self.meter.peak, None
+        return peak
+
+
+OTHER_PHASES = {
+    "float32": {"sample_batch_size": 2},
+    "bf16": {"mixed_precision": "bf16", "resolution": 96, "validation_resolution": 64},
+    "nf4": {"mixed_precision": "bf16", "base_precision": "nf4", "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PHASES)
+def test_the_estimate_of_the_other_phases_is_what_happens(train, tmp_path, monkeypatch, name):
+    """As above, for prompts, latents and pictures."""
+    toy = ROOT / "examples" / "toy_world"
+    flags = {"pretrained_model_name_or_path": toy / "model", "instance_data_dir": toy / "subjects" / "sks_dog"}
+    flags |= {"resolution": 64, "train_batch_size": 1, "rank": 1, "validation_prompt": "a dog"}
+    flags |= {"num_validation_images": 2, "validation_num_inference_steps": 2, "num_class_images": 4}
+    flags |= {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a dog"}
+    run = trainer.start(train.args(**{**flags, **OTHER_PHASES[name]}))
+    predicted = {phase: cost.peak for phase, cost in trainer.estimate_memory(run).items() if phase != "training"}
+    sample = trainer.instance_samples(run.args)[0]
+    table = trainer.build_text(run, [sample.prompt, "a dog"], False, run.dtype)
+    ids = trainer.tokenize_prompts(run.base, [sample.prompt])
+    side = (run.args.validation_resolution or run.args.resolution) // run.vae_factor
+    device, decode = Device(monkeypatch), trainer.decode_latents
+    picture = [Image.new("RGB", (64, 64))]
+    monkeypatch.setattr(trainer, "decode_latents", lambda run, unet, vae, latents: picture * sum(map(len, latents)))
+    monkeypatch.setattr(trainer.draw.__wrapped__, "__defaults__", ("", 2, trainer.GUIDANCE_SCALE))
+
+    def validation():
+        trainer.make_validator(run, trainer.load_trainable(run), table, lambda: None)(0)
+
+    def decoding():
+        unet = nn.Identity() if trainer.checkpointed(run.args) else trainer.load_trainable(run).unet
+        vae = trainer.load_part(run.vae, "vae", run.dtype, run.device)
+        decode(run, unet, vae, [torch.randn(1, 4, side, side)] * 2)
+
+    phases = {
+        "prompts": lambda: trainer.encode_prompts(run.base, ids, run.dtype, run.device),
+        "latents": lambda: trainer.encode_views(run, [sample], [(0, (run.args.resolution,) * 2)]),
+        "class pictures": lambda: trainer.make_class_images(run),
+        "validation": validation,
+        "decoding": decoding,
+    }
+    ratios = {phase: predicted.pop(phase) / device.peak(work) for phase, work in phases.items()}
+    assert not predicted and all(abs(ratio - 1) < 0.05 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_picture_takes_the_vae_half_the_memory_for_the_same_answer(monkeypatch, dtype):
+    """Strips against diffusers' own layers, of which one norm sees the whole picture."""
+    source = trainer.Source(str(ROOT / "examples" / "toy_world" / "model"))
+    usual = AutoencoderKL.from_pretrained(source.name, subfolder="vae", dtype=dtype).eval()
+    lean = trainer.load_part(source, "vae", dtype, torch.device("cpu"))
+    pixels = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)).to(dtype) * 2 - 1
+    with torch.no_grad():
+        latents = usual.encode(pixels).latent_dist.mean
+        decoded = usual.decode(latents).sample
+        assert torch.equal(lean.encode(pixels).latent_dist.mean, latents)  # not large
+        for rows in (1, 7, 64):
+            monkeypatch.setattr(trainer, "WHOLE", 0)
+            monkeypatch.setattr(trainer, "STRIP", 48 * rows)
+            encoded = lean.encode(pixels).latent_dist.mean
+            grey_levels = 127.5 * (lean.decode(latents).sample - decoded).abs()
+            assert (encoded - latents).abs().max() < (1e-5 if dtype == torch.float32 else 0.1)
+            assert grey_levels.mean() < (1e-3 if dtype == torch.float32 else 1)
+
+
+def test_the_vae_of_full_size_needs_no_more_than_the_smallest_loop(train, tmp_path):
+    """In float32, as SDXL's own needs it under fp16; the whole layers of diffusers take 3.6 GB."""
     base = write_configuration(tmp_path / "sdxl")
-    peaks = {}
+    flags = {"pretrained_model_name_or_path": base, "resolution": 1024, "validation_prompt": "x"}
+    run = trainer.start(train.args(**flags, gradient_checkpointing=True, estimate_memory=True))
+    peaks = {name: trainer.rehearse(run, name).peak / 1e9 for name in ("latents", "decoding")}
+    assert peaks["latents"] < 2.1 and peaks["decoding"] < 2.6, peaks
+
+
+def test_the_estimate_of_the_full_size_model(train, tmp_path):
+    """SDXL's own configuration, no weights: the targets for a whole run, class pictures and validation included, at
+    1024 px, batch 1, rank 4.
+    """
+    base = write_configuration(tmp_path / "sdxl")
+    prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a dog"}
+    peaks, seconds = {}, {}
     for name, flags in {
-        "half": {"gradient_checkpointing": True, "validation_prompt": "x"},
+        "half": {"gradient_checkpointing": True},
+        "fp8": {"gradient_checkpointing": True, "base_precision": "fp8"},
         "int8": {"gradient_checkpointing": True, "base_precision": "int8"},
         "nf4": {"gradient_checkpointing": True, "base_precision": "nf4"},
-        "kept": {"validation_prompt": "x"},
+        "kept": {},
     }.items():
-        run = trainer.start(
-            train.args(
-                pretrained_model_name_or_path=base,
-                estimate_memory=True,
-                mixed_precision="bf16",
-                resolution=1024,
-                train_batch_size=1,
-                **flags,
-            )
-        )
+        flags |= {"pretrained_model_name_or_path": base, "estimate_memory": True, "mixed_precision": "bf16"}
+        flags |= {"resolution": 1024, "train_batch_size": 1, "validation_prompt": "x"}
+        run = trainer.start(train.args(**flags))
+        began = time.perf_counter()
         costs = trainer.estimate_memory(run)
+        seconds[name] = time.perf_counter() - began
+        with_prior = trainer.start(train.args(**flags, **prior, sample_batch_size=1))
+        assert trainer.phases_of(with_prior) == list(trainer.PHASES)
+        costs["class pictures"] = trainer.rehearse(with_prior, "class pictures")
         peaks[name] = trainer.largest(costs)[1]
         if name == "kept":  # FACTS: a forward pass is 6.8 TFLOP, a step 13.5 and attention again
-            assert 13.5 < costs["training"].flops / 1e12 < 15 and 13.5 < costs["validation"].flops / 1e12 < 13.8
+            assert 13.5 < costs["validation"].flops / 1e12 < 13.8
             assert costs["training"].launches < 15_000
-    assert peaks["half"] <= 6.0 and peaks["int8"] <= 4.0 and peaks["nf4"] <= 3.2 and peaks["kept"] <= 11.0, peaks
+    most = {"half": 6.0, "fp8": 4.0, "int8": 4.0, "nf4": 3.2, "kept": 11.0}
+    assert all(peaks[name] <= most[name] for name in most), peaks
+    assert min(seconds.values()) < 25, seconds  # and 5 to 10 seconds of imports
 
 
 def test_estimate_and_budget_on_the_command_line(train, tmp_path):
     told = train.shell(estimate_memory=True, log_level="info", validation_prompt="a dog")
     assert told.returncode == 0, told.stderr
     first = [line.split()[0] for line in told.stdout.splitlines()]
-    assert first == ["computed", "latents", "validation", "decoding", "training", "prompts", "Operations", "It"]
+    phases = ["latents", "validation", "decoding", "training", "prompts"]
+    assert first == ["computed", *phases, "Trained", "Operations", "It"]
     assert "It fits in 4 GB with 4.0 GB to spare; most, " in told.stdout
     assert not (tmp_path / "out").exists()
     told = train.shell(vram_budget=0.000001)

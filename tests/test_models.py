@@ -2,9 +2,12 @@
 
 import gc
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
@@ -318,3 +321,44 @@ def test_a_device_without_float8_is_refused_before_anything_loads(train, monkeyp
     assert told == (
         "error: --base_precision fp8: cpu has no float8 (not implemented for 'Float8_e4m3fn'); int8 needs as little."
     )
+
+
+LOADING = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+import train_dreambooth_lora_sdxl as trainer
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def load(folder):
+    return trainer.load_part(trainer.Source(folder), "unet", torch.bfloat16, torch.device("cpu"))
+
+load({small!r})  # imports, and whatever else only the first time costs
+before = peak()
+unet = load({large!r})
+print(peak() - before, sum(parameter.nbytes for parameter in unet.parameters()))
+"""
+
+
+def test_loading_a_part_takes_little_more_memory_than_the_part(tiny, tmp_path):
+    """A UNet of 0.3 billion parameters in float16, loaded in bfloat16 by a process of its own."""
+    import shutil
+
+    config = UNet2DConditionModel.load_config(tiny, subfolder="unet")
+    shape = {"block_out_channels": (320, 960), "attention_head_dim": [5, 15], "transformer_layers_per_block": [1, 4]}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config({**config, **shape, "norm_num_groups": 32}).to(torch.float16)
+    unet = unet.to_empty(device="cpu")
+    print(sum(p.numel() for p in unet.parameters()) / 1e6)
+    for parameter in unet.parameters():
+        parameter.data.fill_(0.01)
+    unet.save_pretrained(tmp_path / "unet")
+    del unet
+    code = LOADING.format(root=str(ROOT), small=str(tiny), large=str(tmp_path))
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    shutil.rmtree(tmp_path / "unet")
+    assert told.returncode == 0, told.stderr
+    grown, size = map(int, told.stdout.split())
+    print(grown / 1e6, size / 1e6, grown / size)
+    assert size > 5e8 and grown < size + 1e9

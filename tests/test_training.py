@@ -70,8 +70,8 @@ SCHEDULES = {  # what is left of the rate at each share of the way from the end 
 
 @pytest.mark.parametrize("name", trainer.SCHEDULES)
 def test_the_learning_rate_goes_the_way_that_its_flags_say(train, name):
-    flags = {"lr_scheduler": name, "lr_warmup_steps": WARM_UP, "lr_num_cycles": 2, "lr_power": 3, "learning_rate": 1e-3}
-    run = trainer.start(train.args(max_train_steps=LAST, **flags))
+    flags = {"lr_scheduler": name, "lr_warmup_steps": WARM_UP, "lr_num_cycles": 2, "lr_power": 3}
+    run = trainer.start(train.args(max_train_steps=LAST, learning_rate=1e-3, **flags))
     schedule = trainer.plan_steps(run.args, 5, 1)
     state = trainer.make_state(run, trainer.load_trainable(run), schedule, "digest")
     rates = []
@@ -84,6 +84,29 @@ def test_the_learning_rate_goes_the_way_that_its_flags_say(train, name):
                 for step in range(LAST)]
     assert rates == pytest.approx([1e-3 * share for share in expected], abs=2e-7)  # polynomial ends at 1e-7, not 0
     assert set(SCHEDULES) == set(trainer.SCHEDULES)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_warm_up_as_long_as_the_run_becomes_a_tenth_of_it(train, capsys, optimizer):
+    """The default is 500; the polynomial schedule divides by what remains, and asks the optimizer for its rate."""
+    flags = {"lr_scheduler": "polynomial", "max_train_steps": 10, "optimizer": optimizer, "learning_rate": 1e-3}
+    output = train(**flags, lr_warmup_steps=10)
+    assert "--lr_warmup_steps 10 is the whole run of 10 steps; a tenth" in capsys.readouterr().out
+    assert trainer.read_history(output)[-1]["lr/unet"] == pytest.approx(1e-7)
+    assert trainer.plan_steps(train.args(**flags), 5, 1).warmup_steps == 1
+
+
+def test_the_clock_of_checkpoints_begins_anew_with_each_one(train, monkeypatch):
+    """--checkpointing_minutes beside --checkpointing_steps: whichever comes first."""
+    clocks, wishes = [], trainer.StopSignals.wishes
+
+    def noting(self, accelerator):
+        clocks.append(self.saved)
+        return wishes(self, accelerator)
+
+    monkeypatch.setattr(trainer.StopSignals, "wishes", noting)
+    train(max_train_steps=4, checkpointing_steps=2, checkpointing_minutes=60)
+    assert clocks[0] == clocks[1] < clocks[2] == clocks[3]
 
 
 def test_checkpoints_are_whole_pruned_and_leave_others_alone(train):
