@@ -97,6 +97,8 @@ HISTORY_FILE = "history.jsonl"
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
+AUTO = "auto"
+PLANNED_LOOKS = 1000  # at pictures, in a run whose length is --steps_per_image auto: benchmarks/crafts.py
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
 GB = 1e9
 TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
@@ -207,6 +209,14 @@ def number(kind: type, low: float, strict: bool = False, high: float = 10**9) ->
         return value
 
     return parse
+
+
+def count_or_auto(text: str) -> int | str:
+    """An argparse type: a count, or the word auto."""
+    try:
+        return text if text == AUTO else number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor {AUTO}") from None
 
 
 def blocks(text: str) -> int:
@@ -407,7 +417,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches in an optimizer step")
     add("--num_train_epochs", type=COUNT, default=1, help="passes over the pictures")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
-    add("--steps_per_image", type=COUNT, help="instead: times that each picture is seen, whatever the batch")
+    add("--steps_per_image", type=count_or_auto, metavar="COUNT|auto",
+        help=f"instead: times that each picture is seen, whatever the batch; auto: {PLANNED_LOOKS:,} for all pictures "
+             "together, but at least 100 for each, and a warm-up of a twentieth where the schedule has one")
     add("--seed", type=SEED, help="default: drawn at random, and written to " + CONFIG_FILE)
     add("--on_nan", choices=["stop", "skip"], default="stop",
         help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
@@ -2833,10 +2845,13 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     """Steps from epochs or from --max_train_steps; an epoch need not be a whole number of steps."""
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world
     steps_per_epoch = instance_rows / samples_per_step
-    passes = args.steps_per_image / args.repeats if args.steps_per_image else args.num_train_epochs
+    planned = args.steps_per_image == AUTO
+    looks = max(100, PLANNED_LOOKS * args.repeats / instance_rows) if planned else args.steps_per_image
+    passes = looks / args.repeats if looks else args.num_train_epochs
     total_steps = args.max_train_steps or math.ceil(passes * steps_per_epoch)
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * steps_per_epoch))
     warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps < total_steps else total_steps // 10
+    warmup_steps = min(warmup_steps, total_steps // 20) if planned else warmup_steps
     warmup_steps = 0 if args.lr_scheduler == "constant" else warmup_steps
     return Schedule(total_steps, steps_per_epoch, samples_per_step, validation_steps, warmup_steps)
 
@@ -4573,12 +4588,13 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
 def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: Sequence[Bucket],
                  schedule: Schedule) -> None:
     """Tell of what is odd about pictures and captions, and of a run that is too short."""
-    if args.lr_scheduler != "constant" and schedule.warmup_steps < args.lr_warmup_steps:
+    planned = args.steps_per_image == AUTO
+    if args.lr_scheduler != "constant" and schedule.warmup_steps < args.lr_warmup_steps and not planned:
         logger.warning("warning: --lr_warmup_steps %d is the whole run of %d steps; a tenth of it is taken.",
                        args.lr_warmup_steps, schedule.total_steps)
     if not args.max_train_steps and not args.steps_per_image and args.num_train_epochs == 1:
         logger.warning("warning: one pass over the pictures is far too little to learn a subject; --steps_per_image "
-                       "100 is a beginning.")
+                       "auto is a beginning.")
     if args.instance_prompt and not any(args.instance_prompt in sample.prompt for sample in subject):
         logger.warning("warning: all pictures have captions, and --instance_prompt is in none of them; "
                        "{instance_prompt} in a caption stands for it.")

@@ -417,7 +417,7 @@ def test_the_plan_says_how_the_base_is_stored(train, capsys):
 @pytest.mark.parametrize("subject", ["sks_dog", "sks_mug"])
 def test_packed_bases_learn_like_the_whole_one(train, subject):
     """Fifteen steps on a toy subject, at the same five draws of noise again and again: the loss falls in each
-    precision, and nobody is left behind by more than a tenth.
+    precision, and nobody is left behind by more than a fiftieth.
     """
     toy, losses = ROOT / "examples" / "toy_world", {}
     for precision in ("auto", "fp8", "int8", "nf4"):
@@ -426,7 +426,7 @@ def test_packed_bases_learn_like_the_whole_one(train, subject):
                 pretrained_model_name_or_path=toy / "model",
                 instance_data_dir=toy / "subjects" / subject,
                 instance_prompt=f"a photo of a {subject.replace('_', ' ')}",
-                resolution=64,
+                resolution=32,
                 train_batch_size=5,
                 mixed_precision="bf16",
                 base_precision=precision,
@@ -450,7 +450,7 @@ def test_packed_bases_learn_like_the_whole_one(train, subject):
             seen.append(loss.item())
         losses[precision] = sum(seen[:5]) / 5, sum(seen[-5:]) / 5
     whole = losses["auto"][1]
-    assert all(last < 0.9 * first and abs(last / whole - 1) < 0.1 for first, last in losses.values()), losses
+    assert all(last < 0.85 * first and abs(last / whole - 1) < 0.02 for first, last in losses.values()), losses
 
 
 def test_checkpoint_blocks_auto_needs_to_know_the_memory(train, monkeypatch):

@@ -90,3 +90,16 @@ def test_steps_per_image(train):
     assert trainer.plan_steps(args, 20, 1).total_steps == 250  # repeats are views of the same five
     with pytest.raises(trainer.UserError, match="--steps_per_image and --max_train_steps both"):
         train.args(steps_per_image=100)
+
+
+def test_a_run_plans_its_own_length(train):
+    """--steps_per_image auto: as many looks for three pictures as for five, more for many; repeats are looks, too."""
+    flags = {"max_train_steps": None, "steps_per_image": "auto", "train_batch_size": 2}
+    args = train.args(**flags, lr_scheduler="cosine")
+    plans = {rows: trainer.plan_steps(args, rows, 1) for rows in (3, 5, 40)}
+    assert {rows: plan.total_steps for rows, plan in plans.items()} == {3: 500, 5: 500, 40: 2000}
+    assert {rows: plan.warmup_steps for rows, plan in plans.items()} == {3: 25, 5: 25, 40: 100}
+    assert trainer.plan_steps(train.args(**flags, repeats=4), 12, 1).total_steps == 500
+    assert trainer.plan_steps(train.args(**flags, lr_scheduler="cosine", lr_warmup_steps=10), 5, 1).warmup_steps == 10
+    with pytest.raises(trainer.UserError, match="'lots' is not a whole number .* nor auto"):
+        train.args(max_train_steps=None, steps_per_image="lots")
