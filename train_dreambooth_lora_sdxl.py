@@ -1579,13 +1579,13 @@ class LeanResnet(ResnetBlock2D):
     def normed(self, norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
         """A function of some rows of x, which applies the group norm of all of x and the nonlinearity."""
         batch, channels, *places = x.shape
-        _, mean, rstd = torch.native_group_norm(x, norm.weight, norm.bias, batch, channels, math.prod(places),
-                                                norm.num_groups, norm.eps)
+        rstd = torch.native_group_norm(x, norm.weight, norm.bias, batch, channels, math.prod(places), norm.num_groups,
+                                       norm.eps)[2]
+        mean = x.reshape(batch, norm.num_groups, -1).mean(2, dtype=torch.float32)  # in half it would be off
         each = channels // norm.num_groups
-        scale = rstd.repeat_interleave(each, 1).float() * norm.weight
-        shift = norm.bias - mean.repeat_interleave(each, 1) * scale
-        scale, shift = (row[:, :, None, None].to(x.dtype) for row in (scale, shift))
-        return lambda rows: self.nonlinearity(torch.addcmul(shift, rows, scale))
+        mean, rstd = (row.repeat_interleave(each, 1)[:, :, None, None] for row in (mean, rstd.float()))
+        scale, shift = rstd * norm.weight[:, None, None], norm.bias[:, None, None].float()
+        return lambda rows: self.nonlinearity(torch.addcmul(shift, rows.float() - mean, scale).to(x.dtype))
 
 
 class LeanUpsample(Upsample2D):
@@ -4122,8 +4122,8 @@ FLOPS = {**flop_registry,  # the CPU's attention, which keeps what flash attenti
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still live, and their peak; of what is called the
-    operators, the launches (those that are neither views nor queries), and the floating-point operations.
+    """Counts the bytes of a device's tensors that are made within it and still live, and their peak; of what is called
+    the operators, the launches (those that are neither views nor queries), and the floating-point operations.
     """
 
     def __init__(self, device: str = "cpu") -> None:

@@ -2,11 +2,12 @@
 
     python benchmarks/crafts.py --out /tmp/crafts                              # every method: a night on two cores
     python benchmarks/crafts.py --out /tmp/crafts --methods plain min-SNR DoRA --seeds 1
-    python benchmarks/crafts.py --out /tmp/crafts --methods plain --rates 5e-4 1e-3 2e-3   # what stops in time?
+    python benchmarks/crafts.py --out /tmp/crafts --rates 5e-4 1e-3 2e-3       # which rule would have stopped in time?
+    python benchmarks/crafts.py --measured                                     # README's tables again, in seconds
 
 The rate is constant after its warm-up, so that a checkpoint is what a run of so many steps leaves, and one run tells a
-whole curve. What is trained and judged stays in --out: a study that was stopped goes on, a larger one begins with it,
-and two processes with one subject each may fill it together.
+whole curve. What was found stays in --out, and what was found here lies beside, in crafts.jsonl, a line a run: a study
+that was stopped goes on, a larger one begins with it, and two processes with one subject each may fill it together.
 """
 
 import argparse
@@ -132,8 +133,10 @@ def train(run: Run, out: Path, steps: int) -> float:
         flags, began = run.flags(out, steps), processor_seconds()
         words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
         script = ROOT / "train_dreambooth_lora_sdxl.py"
-        subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        told_ = subprocess.run([sys.executable, script, *words], capture_output=True, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if told_.returncode:
+            raise SystemExit(told_.stderr)
         finished.write_text(str(processor_seconds() - began))
     return float(finished.read_text())
 
@@ -142,6 +145,35 @@ def processor_seconds() -> float:
     """What all finished children have used; other work on the machine hardly changes it."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+class Found(NamedTuple):
+    """What a run took and what was seen of it."""
+
+    seconds: float
+    curve: dict[int, dict[str, float]]  # what was judged, by step
+    monitor: dict[int, dict[str, float]]  # what the run's own monitor said at these steps
+
+
+class Record:
+    """What was found, in a file of one line a run: that of this repository is read, that of --out written as well."""
+
+    def __init__(self, out: Path, steps: int, pictures: int) -> None:
+        self.file, self.how = out / "runs.jsonl", {"steps": steps, "pictures": pictures}
+        self.found: dict[Run, Found] = {}
+        for path in (Path(__file__).with_suffix(".jsonl"), self.file):
+            for line in path.read_text().splitlines() if path.exists() else ():
+                entry = json.loads(line)
+                if entry["how"] == self.how:
+                    curve, monitor = ({int(step): seen for step, seen in part.items()} for part in entry["seen"])
+                    self.found[Run(*entry["run"])] = Found(entry["seconds"], curve, monitor)
+
+    def add(self, run: Run, found: Found) -> None:
+        """Write one down."""
+        self.found[run] = found
+        line = {"run": run, "how": self.how, "seconds": found.seconds, "seen": [found.curve, found.monitor]}
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class Eyes:
@@ -191,25 +223,24 @@ class Eyes:
         return json.loads(kept.read_text())
 
 
-Curve = dict[int, dict[str, float]]
-"""What was judged, by step."""
-
-
-def study(run: Run, out: Path, steps: int, eyes: Eyes) -> tuple[Curve, float]:
-    """Train a run and judge all its checkpoints; returns the curve and its seconds."""
+def study(run: Run, out: Path, steps: int, eyes: Eyes) -> Found:
+    """Train a run, and judge all its checkpoints."""
     seconds = train(run, out, steps)
+    history = {entry["step"]: entry for entry in map(json.loads, (run.folder(out) / "history.jsonl").open())}
     if "steps_per_image" in METHODS[run.method]:  # its length is its own: only the end is judged
-        last = (run.folder(out) / "history.jsonl").read_text().splitlines()[-1]
-        folders = {json.loads(last)["step"]: run.folder(out)}
+        folders = {max(history): run.folder(out)}
     else:
         every = range(FLAGS["checkpointing_steps"], steps + 1, FLAGS["checkpointing_steps"])
         folders = {step: run.folder(out) / f"checkpoint-{step}" for step in every}
     curve = {step: eyes.look(run, folder) for step, folder in folders.items()}
-    print(*run, {name: round(value) for name, value in curve[max(curve)].items()}, f"{seconds:.0f} s", flush=True)
-    return curve, seconds
+    rounded = {name: round(value) for name, value in curve[max(curve)].items()}
+    print(*run, rounded, f"{seconds:.0f} s", file=sys.stderr, flush=True)
+    said = {step: {name: value for name, value in history[step].items() if name.startswith("monitor/")}
+            for step in curve if step in history}
+    return Found(seconds, curve, said)
 
 
-def steps_to(curve: Curve, percent: float) -> float:
+def steps_to(curve: dict[int, dict[str, float]], percent: float) -> float:
     """The first step that was judged to show the subject so often; nan if none was."""
     return next((step for step, seen in curve.items() if seen["subject shown"] >= percent), float("nan"))
 
@@ -217,12 +248,6 @@ def steps_to(curve: Curve, percent: float) -> float:
 def score(seen: dict[str, float]) -> float:
     """What a user wants of a checkpoint, 0 to 100: the subject, where the prompt says, and the class as it was."""
     return (seen["subject shown"] + seen["place right"] + seen["class kept"]) / 3
-
-
-def monitored(run: Run, out: Path, curve: Curve) -> dict[int, dict[str, float]]:
-    """What the run's own monitor said at the steps that were judged."""
-    lines = (run.folder(out) / "history.jsonl").read_text().splitlines()
-    return {entry["step"]: entry for entry in map(json.loads, lines) if entry["step"] in curve}
 
 
 RULES = {  # from what the monitor said, by step, to a step
@@ -233,12 +258,11 @@ RULES = {  # from what the monitor said, by step, to a step
 }
 
 
-def stopping(studies: dict[Run, Curve], out: Path) -> str:
+def stopping(runs: Iterable[Found]) -> str:
     """How much of the best step's score each rule for choosing a step loses: mean, spread and worst over the runs."""
     rows = ["| rule | points lost | worst |", "|---|---|---|"]
     for name, rule in RULES.items():
-        lost = [max(map(score, curve.values())) - score(curve[rule(monitored(run, out, curve))])
-                for run, curve in studies.items()]
+        lost = [max(map(score, found.curve.values())) - score(found.curve[rule(found.monitor)]) for found in runs]
         rows.append(f"| {name} | {told(lost)} | {max(lost):.0f} |")
     return "\n".join(rows)
 
@@ -248,22 +272,23 @@ def told(values: Sequence[float]) -> str:
     return f"{np.mean(values):.0f} ± {np.std(values):.0f}"
 
 
-def table(studies: dict[str, list[tuple[Curve, float]]]) -> str:
+def table(studies: dict[str, list[Found]]) -> str:
     """A row a method: what the last checkpoint shows, over subjects and seeds."""
     names = ("subject shown", "place right", "class kept", "drift")
-    rows = ["| method | " + " | ".join((*names, "steps to 90 %", "seconds")) + " |", "|---" * 7 + "|"]
+    rows = ["| method | " + " | ".join((*names, "steps to 90 %", "seconds", "runs")) + " |", "|---" * 8 + "|"]
     for method, runs in studies.items():
-        lasts = [list(curve.values())[-1] for curve, _ in runs]
-        reached = [steps_to(curve, 90) for curve, _ in runs]
+        lasts = [found.curve[max(found.curve)] for found in runs]
+        reached = [steps_to(found.curve, 90) for found in runs]
         known = [step for step in reached if step == step]  # nan is not itself
         late = f"{told(known)}" if known else "never"
         late += f" ({len(known)} of {len(reached)})" if 0 < len(known) < len(reached) else ""
-        cells = (*(told([last[name] for last in lasts]) for name in names), late, told([s for _, s in runs]))
+        cells = [told([last[name] for last in lasts]) for name in names]
+        cells += [late, told([found.seconds for found in runs]), str(len(runs))]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def picture(studies: dict[str, list[tuple[Curve, float]]], side: int = 420, edge: int = 46) -> Image.Image:
+def picture(studies: dict[str, list[Found]], side: int = 420, edge: int = 46) -> Image.Image:
     """The trade-off: for each method a line over its steps, how far the class drifts (across), subject shown (up)."""
     colours = ("#0b57d0", "#c5221f", "#188038", "#e37400", "#8430ce", "#00838f", "#5f6368", "#b80672")
     page = Image.new("RGB", (side + 2 * edge + 150, side + 2 * edge), "white")
@@ -276,9 +301,8 @@ def picture(studies: dict[str, list[tuple[Curve, float]]], side: int = 420, edge
     pen.text((edge, 22), f"a dot every {FLAGS['checkpointing_steps']} steps, mean of both subjects and all seeds",
              fill="black")
     for (method, runs), colour in zip(studies.items(), colours, strict=False):
-        steps = runs[0][0]
-        means = [[np.mean([curve[step][name] for curve, _ in runs]) for name in ("drift", "subject shown")]
-                 for step in steps]
+        means = [[np.mean([found.curve[step][name] for found in runs]) for name in ("drift", "subject shown")]
+                 for step in runs[0].curve]
         line = [(edge + side * x / 100, edge + side * (1 - y / 100)) for x, y in [(0.0, 0.0), *means]]
         pen.line(line, fill=colour, width=3)
         for i, (x, y) in enumerate(line):
@@ -299,24 +323,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pictures", type=int, default=3, help="a place; six times as many in all")
-    parser.add_argument("--rates", nargs="*", type=float, help="instead: which rule for stopping would have paid?")
+    parser.add_argument("--rates", nargs="*", type=float, default=[], help="instead of methods: what stops in time?")
+    parser.add_argument("--measured", action="store_true", help="train nothing: tell what was found before")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    eyes, studies = Eyes(args.pictures), {}
-    if args.rates:
-        runs = [Run(subject, "plain", seed, rate)
-                for seed in range(args.seeds) for rate in args.rates for subject in args.subjects]
-        print(stopping({run: study(run, args.out, args.steps, eyes)[0] for run in runs}, args.out))
-        return
-    for method in args.methods:
-        runs = [Run(subject, method, seed) for seed in range(args.seeds) for subject in args.subjects]
-        studies[method] = [study(run, args.out, args.steps, eyes) for run in runs]
-    print(table(studies))
-    picture(studies).save(args.out / "trade_off.png")
+    record, eyes = Record(args.out, args.steps, args.pictures), None
+    seeds, kinds = range(args.seeds), [("plain", rate) for rate in args.rates]
+    kinds = kinds or [(method, None) for method in args.methods]
+    wanted = [Run(subject, method, seed, rate)
+              for method, rate in kinds for seed in seeds for subject in args.subjects]
+    for run in wanted if not args.measured else ():
+        if run not in record.found:
+            eyes = eyes or Eyes(args.pictures)
+            record.add(run, study(run, args.out, args.steps, eyes))
+    if args.rates or args.measured:
+        told_of = [found for run, found in record.found.items() if run.rate is not None]
+        print(stopping(told_of), f"over {len(told_of)} runs", sep="\n")
+    studies = {method: [record.found[run] for run in wanted if run.method == method and run in record.found]
+               for method in args.methods}
+    studies = {method: runs for method, runs in studies.items() if runs}
+    if not args.rates:
+        print(table(studies))
+        curves = {method: runs for method, runs in studies.items() if len(runs[0].curve) > 1}
+        picture(dict(list(curves.items())[:8])).save(args.out / "trade_off.png")
 
 
 if __name__ == "__main__":

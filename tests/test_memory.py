@@ -1,5 +1,6 @@
-"""What is stored small and computed again: packed weights, checkpointed blocks, tiles, lean adapters."""
+"""What is stored small and computed again: packed weights, checkpointed blocks, strips, lean adapters."""
 
+import copy
 import gc
 import shutil
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from full_size import write_configuration
 from PIL import Image
 from safetensors.torch import load_file
@@ -344,6 +346,20 @@ def test_a_large_picture_takes_the_vae_half_the_memory_for_the_same_answer(monke
             grey_levels = 127.5 * (lean.decode(latents).sample - decoded).abs()
             assert (encoded - latents).abs().max() < (1e-5 if dtype == torch.float32 else 0.1)
             assert grey_levels.mean() < (1e-3 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_strips_are_as_exact_as_whole_layers_where_activations_are_far_from_zero(monkeypatch, dtype):
+    """Both against float64; a norm whose shift is rounded to half precision would be far off."""
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=None).to(dtype).requires_grad_(False)
+    x = (100 + torch.randn(1, 32, 24, 16)).to(dtype)
+    exact = copy.deepcopy(block).double()(x.double(), None)
+    usual = (block(x, None).double() - exact).abs().mean()
+    monkeypatch.setattr(trainer, "WHOLE", 0)
+    monkeypatch.setattr(trainer, "STRIP", 80)
+    lean = (trainer.make_lean(block)(x, None).double() - exact).abs().mean()
+    assert lean < 1.5 * usual, (lean, usual)
 
 
 def test_the_vae_of_full_size_needs_no_more_than_the_smallest_loop(train, tmp_path):
