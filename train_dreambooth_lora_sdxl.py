@@ -381,7 +381,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--num_class_images", type=FEW, default=100, help="in the folder; missing ones are drawn")
     add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0, help="what a row of the class counts")
     add("--dco_beta", type=POSITIVE, default=1000.0, help="of dco: how hard it holds on to the base model")
-    add("--sample_batch_size", type=COUNT, default=4, help="class pictures drawn at once")
+    add("--sample_batch_size", type=COUNT, default=4,
+        help="class pictures drawn at once; where blocks are recomputed, no more than a step has rows")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
 
     add = parser.add_argument_group("adapters").add_argument
@@ -2393,6 +2394,11 @@ def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
     return [(index, path) for index, path in enumerate(drawn[:max(0, count - len(brought))]) if not path.exists()]
 
 
+def drawn_at_once(args: argparse.Namespace) -> int:
+    """How many class pictures are drawn at once: where memory is short, no more than training has room for."""
+    return min(args.sample_batch_size, 2 * args.train_batch_size) if checkpointed(args) else args.sample_batch_size
+
+
 def class_dtype(run: Run) -> torch.dtype:
     """The dtype in which class pictures are drawn."""
     return PRECISIONS.get(run.args.prior_generation_precision, run.dtype)
@@ -2415,8 +2421,8 @@ def make_class_images(run: Run) -> None:
         unet, vae = load_unet(run, dtype), load_part(run.vae, "vae", dtype)
         model = TrainableSDXL(unet)
         bar = progress_bar(len(share), "Class pictures")
-        for first in range(0, len(share), args.sample_batch_size):
-            part = share[first:first + args.sample_batch_size]
+        for first in range(0, len(share), drawn_at_once(args)):
+            part = share[first:first + drawn_at_once(args)]
             seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
             latents = draw(run, model, table, args.class_prompt, seeds, args.resolution)
             images = decode_latents(run, unet, vae, [latents])
@@ -4320,7 +4326,7 @@ class Rehearsal:
 
 
 PHASES: dict[str, Callable[[Rehearsal], None]] = {
-    "class pictures": lambda room: room.drawing(room.args.sample_batch_size, class_dtype(room.run), room.side),
+    "class pictures": lambda room: room.drawing(drawn_at_once(room.args), class_dtype(room.run), room.side),
     "latents": Rehearsal.pictures,
     "validation": lambda room: room.drawing(1, room.run.dtype, room.drawn),
     "decoding": Rehearsal.decoding,
@@ -4404,7 +4410,7 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
     ladder = [*dict.fromkeys(ladder), *((precision, all_) for precision in smaller)]
 
     def fit(precision: str, count: int) -> Run:
-        chosen = {"base_precision": precision, "checkpoint_blocks": count, "sample_batch_size": 1,
+        chosen = {"base_precision": precision, "checkpoint_blocks": count,
                   "gradient_checkpointing": args.gradient_checkpointing or count == all_,
                   "vram_budget": None}  # a run that starts again from its settings has chosen
         return replace(run, args=argparse.Namespace(**{**vars(args), **chosen}))
@@ -4426,10 +4432,8 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
     if peak > budget:
         raise UserError(f"--vram_budget {budget:.3g} is too small: with all that saves memory the largest phase, "
                         f"{name}, takes {math.ceil(100 * peak) / 100:g} GB; {CURES.get(name, CURES[None])} helps.")
-    one = " --sample_batch_size 1" * (args.prior_preservation == "pictures")
     return fitted, (f"--base_precision {fitted.args.base_precision} --checkpoint_blocks "
-                    f"{fitted.args.checkpoint_blocks}{one}: the largest phase, {name}, takes {peak:.3g} of "
-                    f"{budget:.3g} GB")
+                    f"{fitted.args.checkpoint_blocks}: the largest phase, {name}, takes {peak:.3g} of {budget:.3g} GB")
 
 
 # -------------------------------------------------------------------------------------------------------------- entry

@@ -43,7 +43,7 @@ def computed(run: trainer.Run) -> dict[str, int]:
 
 def with_prior(run: trainer.Run) -> trainer.Run:
     """The same run with class pictures: a step has two rows."""
-    args = argparse.Namespace(**{**vars(run.args), "prior_preservation": "pictures", "sample_batch_size": 1})
+    args = argparse.Namespace(**{**vars(run.args), "prior_preservation": "pictures"})
     return trainer.replace(run, args=args)
 
 
