@@ -3426,8 +3426,15 @@ class Progress:
                 unfinished.write_text("".join(lines), encoding="utf-8")
 
     def begin_step(self) -> None:
-        """Start the clock of the speed, which stood while pictures were drawn and checkpoints written."""
+        """Start the clock of the speed, which stands between a report and the next step."""
         self.since = self.since or time.perf_counter()
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """The clock of the speed stands while pictures are drawn."""
+        began = time.perf_counter()
+        yield
+        self.since += (time.perf_counter() - began) * bool(self.since)
 
     def note(self, batch: Batch, loss: Loss) -> None:
         """Keep a micro-batch's loss, on the device, for the next report."""
@@ -3719,6 +3726,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
         validate(0)
     model.train()
     progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters)
+    validate = progress.standing()(validate)
     run.stop.training, run.stop.saved, stop = True, time.monotonic(), 0
     with progress.bar:
         while step < last and not stop:
@@ -3739,8 +3747,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             optimizer.zero_grad()
             step, (stop, save_now) = step + 1, run.stop.wishes(accelerator)
             saving = due(step, args.checkpointing_steps) or save_now or (stop and step < last)
-            if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last) \
-                    or due(step, schedule.validation_steps):
+            if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if saving:
                 save(step)

@@ -40,3 +40,17 @@ def test_a_benchmark_runs(name, tmp_path):
     assert re.search(r"\d %|\d GB|\d s a step|no trace|\| +\d", told.stdout)
     if name == "launches.py":  # what the adapters add is cut by at least half
         assert int(re.search(r"\((\d+) %\)", told.stdout)[1]) <= 50
+
+
+def test_readmes_tables_of_methods_are_what_was_found(tmp_path):
+    """Printed again from crafts.jsonl, which crafts.py wrote."""
+    script = ROOT / "benchmarks" / "crafts.py"
+    told = subprocess.run(
+        [sys.executable, script, "--measured", "--out", tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert told.returncode == 0, told.stderr
+    rows = [line for line in told.stdout.splitlines() if " ± " in line]
+    assert len(rows) > 9
+    for name in ("README.md", "README.zh-CN.md"):
+        written = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert [row for row in rows if row not in written] == []

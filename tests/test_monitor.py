@@ -1,6 +1,7 @@
 """Fit and drift, and a plan by pictures."""
 
 import statistics
+import time
 
 import pytest
 import torch
@@ -103,3 +104,11 @@ def test_a_run_plans_its_own_length(train):
     assert trainer.plan_steps(train.args(**flags, lr_scheduler="cosine", lr_warmup_steps=10), 5, 1).warmup_steps == 10
     with pytest.raises(trainer.UserError, match="'lots' is not a whole number .* nor auto"):
         train.args(max_train_steps=None, steps_per_image="lots")
+
+
+def test_the_speed_is_that_of_training_alone(train, monkeypatch):
+    """Pictures are drawn between two reports; that time does not count."""
+    monkeypatch.setattr(trainer, "make_validator", lambda *rest: lambda step: time.sleep(1))
+    output = train(max_train_steps=10, validation_steps=5, validation_prompt="a dog")
+    (entry,) = trainer.read_history(output)
+    assert entry["step"] == 10 and entry["samples_per_second"] > 20  # a second more would leave at most that
