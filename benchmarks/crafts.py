@@ -133,10 +133,10 @@ def train(run: Run, out: Path, steps: int) -> float:
         flags, began = run.flags(out, steps), processor_seconds()
         words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
         script = ROOT / "train_dreambooth_lora_sdxl.py"
-        told_ = subprocess.run([sys.executable, script, *words], capture_output=True, text=True,
+        ended = subprocess.run([sys.executable, script, *words], capture_output=True, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if told_.returncode:
-            raise SystemExit(told_.stderr)
+        if ended.returncode:
+            raise SystemExit(ended.stderr)
         finished.write_text(str(processor_seconds() - began))
     return float(finished.read_text())
 

@@ -2,10 +2,10 @@
 
     python benchmarks/learning.py --out /tmp/learning            # about 45 minutes on two CPU cores
     python benchmarks/learning.py --methods bf16 fp8 int8 nf4    # does a packed base learn alike?
-    python benchmarks/learning.py --methods plain "prior dco" "min-SNR" --seeds 3
 
 Every row is a training run of train_dreambooth_lora_sdxl.py with the same flags, judged over 60 pictures of prompts
-with the six places and 60 of the class prompt, drawn by diffusers' pipeline with load_lora_weights.
+with the six places and 60 of the class prompt, drawn by diffusers' pipeline with load_lora_weights. crafts.py compares
+more methods, over steps and seeds.
 """
 
 import argparse
@@ -40,25 +40,6 @@ FLAGS = {
 }
 PRIOR = {"with_prior_preservation": True, "num_class_images": 100, "sample_batch_size": 10}
 METHODS = {"plain": {}, "prior": PRIOR, "text encoder": {"train_text_encoder": True, "text_encoder_lr": 3e-4}}
-CRAFTS = {
-    "prior base_model": {"prior_preservation": "base_model"},
-    "prior dco": {"prior_preservation": "dco"},
-    "min-SNR": {"snr_gamma": 5},
-    "debiased": {"loss_weighting": "debiased"},
-    "p2": {"loss_weighting": "p2"},
-    "huber": {"loss_type": "huber"},
-    "smooth_l1": {"loss_type": "smooth_l1"},
-    "noise offset": {"noise_offset": 0.05},
-    "perturbation": {"input_perturbation": 0.1},
-    "logit-normal": {"timestep_bias": "logit-normal"},
-    "later": {"timestep_bias": "later"},
-    "rank 4": {"rank": 4},
-    "rank 32": {"rank": 32},
-    "rate 5e-4": {"learning_rate": 5e-4},
-    "rate 5e-3": {"learning_rate": 5e-3},
-    "steps 150": {"max_train_steps": 150},
-    "steps 300": {"max_train_steps": 300},
-}
 PRECISIONS = {
     "bf16": {"mixed_precision": "bf16"},
     **{name: {"mixed_precision": "bf16", "base_precision": name} for name in ("fp8", "int8", "nf4")},
@@ -74,7 +55,7 @@ def train(subject: str, method: str, seed: int, out: Path) -> Path:
         "instance_prompt": f"a photo of a sks {class_name}",
         "output_dir": folder,
         **FLAGS,
-        **{**METHODS, **PRECISIONS, **CRAFTS}[method],
+        **{**METHODS, **PRECISIONS}[method],
         "seed": seed,
     }
     if "with_prior_preservation" in flags:
@@ -137,7 +118,7 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=FLAGS["max_train_steps"])
     parser.add_argument("--pictures", type=int, default=10, help="a place; six times as many in all")
     args = parser.parse_args()
-    strangers = set(args.methods) - {"untrained", *METHODS, *PRECISIONS, *CRAFTS}
+    strangers = set(args.methods) - {"untrained", *METHODS, *PRECISIONS}
     if strangers:
         parser.error(f"no such method: {', '.join(strangers)}")
     FLAGS["max_train_steps"] = args.max_train_steps
