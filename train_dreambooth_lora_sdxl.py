@@ -1036,7 +1036,7 @@ def pictures_folder(args: argparse.Namespace) -> Path:
     name = "dataset-" + hashlib.sha256(repr(source).encode()).hexdigest()[:16]
     parent = Path(args.cache_latents_dir or Path(args.output_dir, "cache"))
     version = dataset_version(args.dataset_name)
-    copies = sorted(parent.glob(f"{name}-*[0-9a-f]"), key=os.path.getmtime)
+    copies = sorted(parent.glob(f"{name}-????????"), key=os.path.getmtime)  # none that is unfinished
     return copies[-1] if copies and not version else parent / f"{name}-{version or 'unknown0'}"
 
 
