@@ -468,7 +468,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--input_perturbation", type=NOT_NEGATIVE, default=0.0,
         help="put in more noise than is to be found; 0.1 is usual")
     add("--min_timestep", type=INDEX, default=0, help="0 has the least noise")
-    add("--max_timestep", type=INDEX, default=999, help="999 is nothing but noise, or nearly")
+    add("--max_timestep", type=INDEX, help="default: the last, usually 999: nothing but noise, or nearly")
     add("--timestep_bias", choices=["uniform", "earlier", "later", "logit-normal"], default="uniform",
         help="which timesteps come more often: earlier ones have little noise")
 
@@ -657,7 +657,7 @@ def check_objective_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--do_edm_style_training and {other} both weight the timesteps; give one of them.")
     if args.steps_per_image and args.max_train_steps:
         raise UserError("--steps_per_image and --max_train_steps both say how long it trains; give one of them.")
-    if args.min_timestep > args.max_timestep:
+    if args.max_timestep is not None and args.min_timestep > args.max_timestep:
         raise UserError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
 
 
@@ -2797,9 +2797,10 @@ class Objective(NamedTuple):
 def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.device | None = None) -> Objective:
     """The objective that the flags and the base model's scheduler make. Raises UserError if they contradict."""
     exact = make_table(scheduler, args.snr_gamma, args.loss_weighting, args.do_edm_style_training)
-    low, high = args.min_timestep, min(args.max_timestep, len(exact.a) - 1)
+    last = len(exact.a) - 1  # 999, but EDMEulerScheduler has one more
+    low, high = args.min_timestep, last if args.max_timestep is None else min(args.max_timestep, last)
     if low > high:
-        raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {len(exact.a) - 1}.")
+        raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {last}.")
     deltas = huber_deltas(exact.snr, args.huber_schedule, args.huber_c).float().to(device)
     priors = {**PRIORS, None: prior_of_pictures, "dco": functools.partial(prior_of_consistency, beta=args.dco_beta)}
     rounded = (column.float() if column.is_floating_point() else column for column in exact)

@@ -195,6 +195,14 @@ def test_timesteps_come_as_often_as_their_density_says(bias, low, high):
     assert abs(float(seen.float().mean()) - mean) < 25
 
 
+@pytest.mark.parametrize("kind", [DDPMScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_by_default_all_timesteps_come(kind):
+    objective = make_objective(kind(**(SDXL if kind is DDPMScheduler else {"sigma_data": 0.5})))
+    torch.manual_seed(0)
+    drawn = objective.draw_timesteps(100_000, torch.device("cpu"))
+    assert drawn.unique().tolist() == list(range(len(objective.table.a)))
+
+
 def batch(rows, instance_rows, weight):
     zeros = torch.zeros(rows, 4, 2, 2)
     return Batch(torch.randn(rows, 4, 2, 2), zeros, (zeros, zeros), zeros, torch.tensor(weight), instance_rows)
