@@ -23,12 +23,12 @@ r"""Teach Stable Diffusion XL a new subject from three to five pictures: DreamBo
 
 Three commands that work as they stand:
 
-    # the small SDXL that comes with this repository, on a laptop's CPU, about two minutes
+    # the small SDXL that comes with this repository, on a laptop's CPU, two to three minutes
     accelerate launch train_dreambooth_lora_sdxl.py --config examples/toy_world/sks_dog.yaml
 
     # SDXL itself: five pictures in dog/, 1024 px, one card of 16 GB or more
     accelerate launch train_dreambooth_lora_sdxl.py \
-        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir lora-trained-xl \
         --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --mixed_precision fp16 \
@@ -87,7 +87,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, ImageStat
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, ImageStat, PngImagePlugin
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -105,6 +105,7 @@ TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
 AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
 INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
 TWINS = ("pissa", "olora")  # of --lora_init: adapters that begin as a part of the weights, which a twin takes away
+TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"  # what single files go with
 VAE_KEYS = ("^encoder.conv_in.weight$", "^decoder.conv_out.weight$")  # what a single file of each kind must have
 SDXL_KEYS = ("^model.diffusion_model.input_blocks.0.0.weight", "^first_stage_model.encoder.conv_in.weight",
@@ -391,9 +392,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--lora_dropout", type=number(float, 0), default=0.0, help="share of the adapters' inputs left out")
     add("--use_rslora", action=YES_NO, default=False, help="scale is lora_alpha / sqrt(rank)")
     add("--use_dora", action=YES_NO, default=False,
-        help="DoRA: learn magnitude and direction apart; slower, on the UNet alone")
+        help="DoRA: learn magnitude and direction apart; slower, on the UNet alone: text encoders have plain LoRA")
     add("--lora_init", choices=["gaussian", "kaiming", "orthogonal", "pissa", "olora"], default="gaussian",
-        help="the last two begin with the weights' largest directions, at twice the rank in the file")
+        help="the last two begin as a part of the weights (by SVD, by QR), at twice the rank in the file")
     add("--lora_preset", choices=list(LORA_PRESETS), default="attention", help="which layers of the UNet are adapted")
     add("--lora_layers", type=patterns, metavar="NAME,...", help="instead: layers by their names' ends, or patterns")
     add("--lora_unet_blocks", type=block_rules, metavar="BLOCK[=RANK[:RATE]],...",
@@ -430,7 +431,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=POSITIVE, default=1e-4, help="of the UNet's adapters")
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="of the text encoders' adapters")
-    add("--scale_lr", action=YES_NO, default=False, help="multiply both rates by the pictures in a step")
+    add("--scale_lr", action=YES_NO, default=False, help="multiply all rates by the pictures in a step")
     add("--lr_scheduler", choices=SCHEDULES, default="constant", help="how the rate goes on")
     add("--lr_warmup_steps", type=INDEX, default=500,
         help="in optimizer steps; the constant schedule has none")
@@ -448,7 +449,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after so many a step counts half")
     add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, help="of all optimizers with Adam's moments, and of Lion")
     add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, help="as above, but Lion's own default is 0.99")
-    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="as above")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="of all optimizers with Adam's moments")
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="of the UNet's adapters")
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3,
         help="of the text encoders'")
@@ -545,6 +546,7 @@ def config_as_words(parser: Parser, path: str) -> list[str]:
         if isinstance(known[key], argparse._AppendAction) and isinstance(value, list):
             words += [f"--{key}={entry}" for entry in value]
             continue
+        value = "no" if value is False and "no" in (known[key].choices or ()) else value  # YAML reads no as false
         if isinstance(value, (dict, list)) or (is_switch != isinstance(value, bool) and value is not None):
             wanted = "true or false" if is_switch else "one value"
             raise UserError(f"--config {path}: {key} takes {wanted}, not {value!r}.")
@@ -579,6 +581,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Fail at the door: conflicts of flags, missing packages, folders, pictures. Raises UserError."""
+    broken = [name for name, value in vars(args).items() if re.search("[\ud800-\udfff]", str(value))]
+    if broken:
+        raise UserError(f"--{broken[0]} {getattr(args, broken[0])!a} holds bytes that are no UTF-8; rename what it "
+                        "names.")
     if args.resolution % 8:
         raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8 + 8} is.")
     if (args.validation_resolution or 8) % 8:
@@ -593,21 +599,36 @@ def check_args(args: argparse.Namespace) -> None:
     check_text_flags(args)
     warn_of_idle_flags(args)
     check_packages(args)
-    check_base_folder(args.pretrained_model_name_or_path, args.allow_pickle, needs_weights=not args.estimate_memory)
-    vae = Path(args.pretrained_vae_model_name_or_path or "")
-    if vae.is_file():
-        check_single_file("--pretrained_vae_model_name_or_path", vae, VAE_KEYS)
+    check_models(args)
+    check_folders(args)
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Where files come from and go to. Raises UserError."""
+    for looked_at in (masks_by_name, dataset_version):  # by an earlier run in the same notebook
+        looked_at.cache_clear()
     find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
-    for flag in ("output_dir", "cache_latents_dir") if is_first_rank() else ():  # others would remove what it makes
+    for flag in ("output_dir", "cache_latents_dir"):
         if getattr(args, flag):
             check_writable(f"--{flag}", Path(getattr(args, flag)))
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
                         if args.dataset_name is None else "--instance_data_dir and --dataset_name exclude each other.")
     if args.instance_data_dir is not None:
+        check_apart(args)
         check_subject(args)
     if args.prior_preservation == "pictures" and Path(args.class_data_dir).exists():
         check_pictures("--class_data_dir", list_pictures("--class_data_dir", args.class_data_dir))
+
+
+def check_apart(args: argparse.Namespace) -> None:
+    """No other pictures lie where those of the subject are looked for. Raises UserError."""
+    subject = Path(args.instance_data_dir).resolve()
+    for flag in ("class_data_dir", "mask_dir", "output_dir"):
+        folder = Path(getattr(args, flag) or "/").resolve()
+        if folder == subject or (args.recursive and folder.is_relative_to(subject)):
+            raise UserError(f"--{flag} {folder} is in --instance_data_dir, where its pictures would be taken for the "
+                            "subject's; choose another.")
 
 
 def check_subject(args: argparse.Namespace) -> None:
@@ -621,9 +642,21 @@ def check_subject(args: argparse.Namespace) -> None:
                         f"({', '.join(sorted(PICTURE_SUFFIXES))}){convert}.")
     check_pictures("--instance_data_dir", pictures)
     instance_samples(args)
-    if args.masked_loss and not any(load_mask(path, args.mask_dir) for path in pictures):
-        raise UserError(f"--masked_loss finds no mask: no picture of {args.mask_dir or folder} "
+    if args.masked_loss:
+        check_masks(args, pictures)
+
+
+def check_masks(args: argparse.Namespace, pictures: Sequence[Path]) -> None:
+    """All masks are whole and fit their pictures, and there are some. Raises UserError."""
+    if args.mask_dir is not None:
+        check_pictures("--mask_dir", list_pictures("--mask_dir", args.mask_dir, args.recursive))
+    bare = [path.name for path in pictures if load_mask(args, path) is None]
+    if len(bare) == len(pictures):
+        raise UserError(f"--masked_loss finds no mask: no picture of {args.mask_dir or pictures_folder(args)} "
                         f"{'has the name of a picture' if args.mask_dir else 'is transparent anywhere'}.")
+    if bare:
+        logger.warning("warning: --masked_loss: %d of %d pictures have no mask, and all of them counts as subject: %s",
+                       len(bare), len(pictures), ", ".join(bare[:5]))
 
 
 PRIOR_NEEDS = {"pictures": ("class_data_dir", "class_prompt"), "base_model": ("class_prompt",), "dco": (), None: ()}
@@ -692,6 +725,10 @@ def check_optimizer_flags(args: argparse.Namespace) -> None:
         raise UserError("--use_ema and --optimizer schedule_free both average the adapters; leave one out.")
     if name == "schedule_free" and args.lr_scheduler not in ("constant", "constant_with_warmup"):
         raise UserError(f"--optimizer schedule_free needs no --lr_scheduler {args.lr_scheduler}; leave it out.")
+    if name == "schedule_free" and args.adam_beta1 == 0:
+        raise UserError("--optimizer schedule_free averages with --adam_beta1, which must be above 0.")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        raise UserError("--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that.")
     if name != "prodigy":
         return
     rates = {
@@ -720,9 +757,9 @@ def new_tokens(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def with_tokens(args: argparse.Namespace, prompt: str) -> str:
-    """A prompt with new tokens in the place of their abstractions."""
+    """A prompt with new tokens in the place of their abstractions, which may be any signs, but no part of a word."""
     for word, tokens in new_tokens(args).items():
-        prompt = re.sub(rf"\b{re.escape(word)}\b", "".join(tokens), prompt)
+        prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "".join(tokens), prompt)
     return prompt
 
 
@@ -735,7 +772,7 @@ def check_text_flags(args: argparse.Namespace) -> None:
     if trains_text(args) and share < 1 and args.optimizer == "schedule_free":
         flag = f"--train_text_encoder{'_ti' * args.train_text_encoder_ti}_frac"
         raise UserError(f"{flag} {share:g} stops a part of the training, which --optimizer schedule_free cannot do; "
-                        "leave one out.")
+                        f"use {flag} 1, or another optimizer.")
     if args.train_text_encoder_ti and args.optimizer == "prodigy" and args.token_lr not in (
             1e-3, args.learning_rate):
         raise UserError("--optimizer prodigy finds one rate for all, and --token_lr sets another; leave one out.")
@@ -746,10 +783,14 @@ def check_text_flags(args: argparse.Namespace) -> None:
                         f"--train_text_encoder_frac {share:g} of the steps; leave one out.")
     if "" in new_tokens(args):
         raise UserError("--token_abstraction has an empty word.")
+    if args.class_prompt and with_tokens(args, args.class_prompt) != args.class_prompt:
+        raise UserError(f'--class_prompt "{args.class_prompt}" has a word of --token_abstraction, which is the '
+                        "subject's alone; leave it out there.")
 
 
+ADAMS = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy", "schedule_free")
 IDLE_WITHOUT = {  # flags that do nothing where the one of their row is not given
-    "train_text_encoder": ("train_text_encoder_frac",),
+    "train_text_encoder": ("train_text_encoder_frac", "text_encoder_lr", "adam_weight_decay_text_encoder"),
     "train_text_encoder_ti": ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction",
                               "initializer_concept", "token_lr"),
     "use_ema": ("ema_half_life",), "masked_loss": ("mask_dir", "background_loss_weight"),
@@ -759,6 +800,8 @@ IDLE_UNLESS = {  # the same, where the one of their row is not one of these
     ("prior_preservation", ("dco",)): ("dco_beta",),
     ("prior_preservation", ("pictures",)): ("num_class_images", "sample_batch_size", "prior_generation_precision"),
     ("on_nan", ("skip",)): ("max_skipped_steps",),
+    ("lr_scheduler", ("cosine_with_restarts",)): ("lr_num_cycles",), ("lr_scheduler", ("polynomial",)): ("lr_power",),
+    ("optimizer", (*ADAMS, "lion8bit")): ("adam_beta1", "adam_beta2"), ("optimizer", ADAMS): ("adam_epsilon",),
     ("optimizer", ("prodigy",)): ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
                                   "prodigy_safeguard_warmup"),
     ("lora_init", ("gaussian", "kaiming", "orthogonal")): ("adam_weight_decay", "adam_weight_decay_text_encoder")}
@@ -805,8 +848,19 @@ def check_packages(args: argparse.Namespace) -> None:
         raise UserError("--push_to_hub needs a token: run `hf auth login` or set HF_TOKEN.")
 
 
-def check_base_folder(name: str, allow_pickle: bool, needs_weights: bool) -> None:
-    """A base model that is a path must be a diffusers folder of SDXL, or a file of it all."""
+def check_models(args: argparse.Namespace) -> None:
+    """Base model and VAE, where they are paths, are whole and SDXL's. Raises UserError."""
+    flag, vae = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
+    parts = () if args.estimate_memory else ("unet", *TEXT_ENCODERS) if vae else ("unet", *TEXT_ENCODERS, "vae")
+    check_base(args.pretrained_model_name_or_path, parts, args.variant, args.allow_pickle)
+    if vae and Path(vae).is_file():
+        check_single_file(flag, Path(vae), VAE_KEYS)
+    elif vae and Path(vae).is_dir() and not args.estimate_memory:
+        check_part(flag, Path(vae), None, args.allow_pickle)
+
+
+def check_base(name: str, parts: Iterable[str], variant: str | None, allow_pickle: bool) -> None:
+    """A base model that is a path must be a diffusers folder of SDXL with these parts, or a file of it all."""
     path = Path(name)
     if path.is_file():
         check_single_file("--pretrained_model_name_or_path", path, SDXL_KEYS)
@@ -820,16 +874,24 @@ def check_base_folder(name: str, allow_pickle: bool, needs_weights: bool) -> Non
             raise UserError(f"--pretrained_model_name_or_path {name} is not a diffusers folder: it has no readable "
                             "model_index.json.") from error
         check_is_sdxl(name, index)
-        for part in ("unet", "vae", "text_encoder", "text_encoder_2") if needs_weights else ():
-            check_part("--pretrained_model_name_or_path", path / part, allow_pickle)
+        for part in parts:
+            check_part("--pretrained_model_name_or_path", path / part, variant, allow_pickle)
 
 
-def check_part(flag: str, folder: Path, allow_pickle: bool) -> None:
-    """A part's folder has weights, all whole, and none that run code when they are loaded. Raises UserError."""
-    whole, pickles = sorted(folder.glob("*.safetensors")), [*folder.glob("*.bin"), *folder.glob("*.ckpt")]
+def check_part(flag: str, folder: Path, variant: str | None, allow_pickle: bool) -> None:
+    """A part's folder has its configuration and weights of the variant, all whole, and none that run code when they
+    are loaded. Raises UserError.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{flag}: {folder} has no config.json; fetch it again.")
+    files, pickles = sorted(folder.glob("*.safetensors")), [*folder.glob("*.bin"), *folder.glob("*.ckpt")]
+    # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
+    whole = [path for path in files if path.stem.partition(".")[2].partition("-")[0] == (variant or "")]
     if not whole and not (pickles and allow_pickle):
         told = "only pickles, which can run code: convert them, or insist with --allow_pickle" if pickles else "none"
-        raise UserError(f"{flag}: there should be *.safetensors in {folder}, but there are {told}.")
+        told = f"only {files[0].name}; is it another --variant?" if files else told
+        raise UserError(f"{flag}: there should be *.{f'{variant}.' if variant else ''}safetensors in {folder}, but "
+                        f"there are {told}.")
     for path in whole:
         if not safetensors_header(path):
             raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
@@ -857,36 +919,34 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         header.pop("__metadata__", None)
         size = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
         return header if size == path.stat().st_size else {}
-    except (ValueError, AttributeError, LookupError, TypeError):
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):  # a link to nowhere is no file either
         return {}
 
 
 def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
     """The base model's model_index.json must be that of an SDXL pipeline."""
     kind = index.get("_class_name") if isinstance(index, dict) else "file without keys"
-    if not str(kind).startswith("StableDiffusionXL") or "text_encoder_2" not in index:
+    encoders = [(index.get(part) or [None])[-1] for part in TEXT_ENCODERS] if isinstance(index, dict) else []
+    if not str(kind).startswith("StableDiffusionXL") or not all(encoders):  # the refiner lacks the first
         raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not SDXL, which this script trains.")
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """A folder can be made and written; it is not left behind. Raises UserError."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    """A folder can be made and written, for all that what is there of its path tells. Raises UserError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written ({error.strerror}); choose another.") from error
-    finally:
-        for path in filter(Path.is_dir, missing):
-            path.rmdir()
 
 
 class Printer(logging.Handler):
     """Prints what is told to wherever stdout is now: notebooks and tests move it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
-        print(record.getMessage(), flush=True)
+        """Print one message, as far as stdout knows its letters: into a pipe Windows takes 256 of them."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(record.getMessage().encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def escape(record: logging.LogRecord) -> bool:
@@ -977,25 +1037,27 @@ def load_picture(path: str | Path) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=1)
-def masks_by_name(folder: str) -> dict[str, Path]:
-    """The masks of a folder by the names of their pictures. Raises UserError."""
-    return {path.stem: path for path in list_pictures("--mask_dir", folder)}
+def masks_by_name(folder: str, recursive: bool) -> dict[Path, Path]:
+    """The masks of a folder by their places and names in it, without suffix. Raises UserError."""
+    return {path.relative_to(folder).with_suffix(""): path
+            for path in list_pictures("--mask_dir", folder, recursive)}
 
 
-def load_mask(path: Path, mask_dir: str | None) -> Image.Image | None:
-    """Where the subject of a picture is, in grey: of the mask that has its name, or else its own alpha.
-
-    Raises UserError if the mask is missing its folder, broken, or of another shape.
+def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
+    """Where the subject of a picture is, in grey: of the mask that has its name, or else its own alpha; None is
+    everywhere. Raises UserError if the mask is of another shape.
     """
-    if mask_dir is None:
+    if args.mask_dir is None:
         with Image.open(path) as image:
             picture = ImageOps.exif_transpose(image)
-        has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-        return picture.convert("RGBA").getchannel("A") if has_alpha else None
-    found = masks_by_name(mask_dir).get(path.stem)
+        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
+            return None
+        alpha = picture.convert("RGBA").getchannel("A")
+        return alpha if alpha.getextrema()[0] < 255 else None
+    place = path.relative_to(pictures_folder(args)).with_suffix("")
+    found = masks_by_name(args.mask_dir, args.recursive).get(place)
     if found is None:
         return None
-    check_pictures("--mask_dir", [found])
     mask, size = load_picture(found).convert("L"), picture_size(path)
     if abs(mask.width * size[1] - mask.height * size[0]) > max(size) + max(mask.size):
         raise UserError(f"--mask_dir: {found.name} is {mask.width}x{mask.height}, which is another shape than its "
@@ -1063,19 +1125,22 @@ def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str, str]]:
     rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True,
                                  cache_dir=args.cache_dir)
     image, caption = args.image_column, args.caption_column
-    missing = [column for column in (image, caption) if column and column not in rows.column_names]
+    columns = rows.column_names or list(next(iter(rows), {}))  # of CSV or JSON, which names files
+    missing = [column for column in (image, caption) if column and column not in columns]
     if missing:
-        raise ValueError(f"it has no column {missing[0]}; there are {', '.join(rows.column_names)}")
-    for row in rows.cast_column(image, datasets.Image(decode=False)):
-        data = row[image]["bytes"]
+        raise ValueError(f"it has no column {missing[0]}; there are {', '.join(columns)}")
+    rows = rows.cast_column(image, datasets.Image(decode=False)) if rows.features else rows
+    for row in rows:
+        picture = row[image] if isinstance(row[image], dict) else {"bytes": None, "path": row[image]}
+        data = picture["bytes"]
         if data is None:  # a file of its own, which may lie on the Hub or in an archive
-            with fsspec.open(row[image]["path"], "rb") as file:
+            with fsspec.open(picture["path"], "rb") as file:
                 data = file.read()
         kind = Image.open(io.BytesIO(data)).format.lower()
         kind = "jpg" if kind == "mpo" else kind  # a JPEG of several pictures
         if f".{kind}" not in PICTURE_SUFFIXES:
             raise ValueError(f"a picture is in {kind}; convert it to PNG")
-        yield data, kind, row[caption] if caption else ""
+        yield data, kind, row[caption] or "" if caption else ""
 
 
 def fetch_dataset(args: argparse.Namespace) -> None:
@@ -1084,7 +1149,7 @@ def fetch_dataset(args: argparse.Namespace) -> None:
     if folder.is_dir():
         return
     try:
-        with written_beside(folder, f".{os.getpid()}") as unfinished:
+        with written_beside(folder, shared=True) as unfinished:
             unfinished.mkdir()
             for number_, (data, kind, caption) in enumerate(dataset_rows(args)):
                 name = f"{number_:06d}.{kind}"
@@ -1200,8 +1265,8 @@ def instance_samples(args: argparse.Namespace) -> list[Sample]:
         raise UserError(f"--instance_prompt is needed, as {len(bare)} of {len(pictures)} pictures have no caption: "
                         f"{', '.join(bare[:5])}.")
     prompts = [(captions.get(path) or prompt).replace("{instance_prompt}", prompt or "") for path in pictures]
-    for word in new_tokens(args):
-        if not any(re.search(rf"\b{re.escape(word)}\b", text) for text in prompts):
+    for word, (token, *_) in new_tokens(args).items():
+        if not any(token in with_tokens(args, text) for text in prompts):
             raise UserError(f"--token_abstraction {word} is in no prompt or caption of the subject: write it in the "
                             'place of the rare word, as in "a photo of TOK dog".')
     return [Sample(path, text, is_class=False, repeat=repeat) for repeat in range(args.repeats)
@@ -1223,7 +1288,7 @@ def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[S
     """What preserves the class: pictures of it, or the subject's under its prompt, for the base model to answer."""
     pictures = {
         "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir),
-        "base_model": lambda: [sample.path for sample in subject],
+        "base_model": lambda: dict.fromkeys(sample.path for sample in subject),
     }.get(args.prior_preservation, list)
     return [Sample(path, args.class_prompt, is_class=True) for path in pictures()]
 
@@ -1235,7 +1300,7 @@ Bucket = tuple[int, int]
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height as they are seen, from the file's header alone."""
     with Image.open(path) as image:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)  # Pillow turns TIFF itself
         return image.size[::-1] if turned else image.size
 
 
@@ -1466,7 +1531,6 @@ PART_CLASSES = {
     "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
 }
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 
 
 def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) -> Path:
@@ -1491,7 +1555,7 @@ def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) 
             extra = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in tensors else {}
             model.scheduler = type(model.scheduler).from_config(model.scheduler.config, prediction_type="v_prediction",
                                                                 **extra)
-        with written_beside(unpacked, f".{os.getpid()}", path.stat().st_size) as unfinished:
+        with written_beside(unpacked, shared=True, size=path.stat().st_size) as unfinished:
             model.save_pretrained(unfinished)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, HfHubHTTPError) as error:
         wanted = config or "by default SDXL base 1.0 from the Hub"
@@ -1520,19 +1584,26 @@ def find_sources(args: argparse.Namespace, store: Store) -> tuple[Source, Source
     return source, Source(other, None, None, args.cache_dir, False, args.allow_pickle)
 
 
+@contextmanager
+def reading(source: Source, part: str) -> Iterator[None]:
+    """What goes wrong while a part is read, in one sentence. Raises UserError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
+                        f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
+
+
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     """Load one part of a pipeline in its final dtype, frozen, on its device. Raises UserError naming the model."""
     keywords = source.keywords(part)
     if dtype is not None:
         keywords |= {"variant": source.variant, "dtype": dtype,
                      "use_safetensors": None if source.allow_pickle else True}
-    try:
+    with reading(source, part):
         loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
         if part in TOKENIZERS and loaded.model_max_length > 10**6:  # what is made of a folder without files
             raise ValueError("it has no vocabulary")
-    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
-        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
-                        f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
     if dtype is None:
         return loaded
     return (make_lean(loaded) if part == "vae" else loaded).requires_grad_(False).eval().to(device)
@@ -1624,9 +1695,13 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
         scheduler_class = getattr(diffusers, index["scheduler"][1])
         scheduler = scheduler_class.from_pretrained(source.name, **source.keywords("scheduler"))
         vae_config = AutoencoderKL.load_config(vae.name, **vae.keywords("vae"))
+        unet_config = UNet2DConditionModel.load_config(source.name, **source.keywords("unet"))
     except (OSError, ValueError, KeyError, AttributeError, HfHubHTTPError) as error:
         raise UserError(f"--pretrained_model_name_or_path {source.name} or its VAE cannot be loaded; is it mistyped, "
                         f"private, or not in the cache while offline? ({first_line(error)})") from error
+    if unet_config["in_channels"] != 4:
+        raise UserError(f"--pretrained_model_name_or_path {source.name} is for inpainting or editing: its UNet takes "
+                        f"{unet_config['in_channels']} channels, not 4; use the base that it was made of.")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     return scheduler, bool(index.get("force_zeros_for_empty_prompt", True)), factor
 
@@ -2065,12 +2140,13 @@ def load_trainable(run: Run) -> TrainableSDXL:
 
 
 @contextmanager
-def written_beside(path: Path, writer: str = "", size: int = 0) -> Iterator[Path]:
+def written_beside(path: Path, shared: bool = False, size: int = 0) -> Iterator[Path]:
     """A file or folder to write that becomes `path` when the block ends well: nothing half-written bears its name.
 
-    Where several processes may write the same file, each needs a name as writer. Raises TrainingError, which tells
-    how many bytes are to be written if size is given, where the disk is full.
+    What others may write at the same time is shared. Raises TrainingError, which tells how many bytes are to be
+    written if size is given, where the disk is full.
     """
+    writer = f".{os.urandom(6).hex()}" * shared  # not the process's number: in another container there is the same
     unfinished, outdated = path.with_name(f".{path.name}{writer}.tmp"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2100,7 +2176,8 @@ def to_disk(path: Path) -> None:
         return
     for part in (*(path.rglob("*") if path.name.endswith(".tmp") and path.is_dir() else ()), path):
         handle = os.open(part, os.O_RDONLY)
-        os.fsync(handle)
+        with suppress(*[OSError] * part.is_dir()):  # which some file systems cannot
+            os.fsync(handle)
         os.close(handle)
 
 
@@ -2124,7 +2201,7 @@ def check_space(folder: Path, needed: float, what: str) -> None:
 def sweep(folder: Path, before: float) -> None:
     """Remove what killed runs left unfinished before a time, in seconds since the epoch."""
     for unfinished in folder.glob(".*.tmp"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone, or another user's
             if unfinished.stat().st_mtime < before:
                 remove(unfinished)
 
@@ -2194,7 +2271,7 @@ class Store:
         """Keep tensors. Raises TrainingError if the disk does not take them."""
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         try:
-            with written_beside(self.path(key), f".{os.getpid()}", len(data)) as unfinished:
+            with written_beside(self.path(key), shared=True, size=len(data)) as unfinished:
                 unfinished.write_bytes(data)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the cache folder {self.folder} cannot be written ({first_line(error)}); free some "
@@ -2330,10 +2407,12 @@ def build_text(run: Run, prompts: Iterable[str], trained: bool, dtype: torch.dty
 # Pictures are drawn by diffusers' own pipeline around parts that are there already.
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG."""
-    with written_beside(path) as unfinished:
-        image.save(unfinished, format="PNG")
+def save_picture(image: Image.Image, path: Path, prompt: str = "") -> None:
+    """Write a PNG that knows its prompt; two runs may draw the same pictures of a class."""
+    known = PngImagePlugin.PngInfo()
+    known.add_itxt("prompt", printable(prompt))
+    with written_beside(path, shared=True) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=known)
 
 
 @torch.no_grad()
@@ -2526,8 +2605,17 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     return (mean - shift) * factor, std * factor
 
 
-def views_of(run: Run, sample: Sample,
-             bucket: Bucket) -> tuple[tuple[int, int], dict[View, tuple[np.ndarray, np.ndarray]]]:
+def view_count(args: argparse.Namespace, is_class: bool, buckets: int) -> int:
+    """The views that are drawn of a sample in a bucket: of a picture there are --cache_variants in all, shared among
+    its repeats or, if it is of the class, the buckets in which it is seen.
+    """
+    if args.center_crop and not args.random_flip:
+        return 1
+    return max(1, args.cache_variants // (buckets if is_class else args.repeats))
+
+
+def views_of(run: Run, sample: Sample, bucket: Bucket,
+             count: int) -> tuple[tuple[int, int], dict[View, tuple[np.ndarray, np.ndarray]]]:
     """A sample's original width and height, and its distinct views for a bucket: pixels (height, width, 3), and a
     mask of a byte a latent, which is white unless --masked_loss is on.
 
@@ -2535,10 +2623,10 @@ def views_of(run: Run, sample: Sample,
     """
     args, picture = run.args, load_picture(sample.path)
     small = picture.resize(resized(picture.size, bucket), Image.Resampling[args.image_interpolation_mode.upper()])
-    own = load_mask(sample.path, args.mask_dir) if args.masked_loss and not sample.is_class else None
+    own = load_mask(args, sample.path) if args.masked_loss and not sample.is_class else None
     mask = own.resize(small.size, Image.Resampling.BILINEAR) if own else Image.new("L", small.size, 255)
     picture_key = content_key(picture.size, picture.tobytes())
-    seeds = [position_seed(picture_key, sample.repeat, variant) for variant in range(args.cache_variants)]
+    seeds = [position_seed(picture_key, sample.repeat, variant) for variant in range(count)]
     views = [choose_view(small.size, bucket, args.center_crop, args.random_flip, random.Random(seed))
              for seed in seeds]
     latent = bucket[0] // run.vae_factor, bucket[1] // run.vae_factor
@@ -2560,8 +2648,13 @@ def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -
     vae = functools.cache(lambda: load_vae(run.vae, run.dtype, run.device))
     made_by, looks = (identity(run.vae, "vae"), run.dtype), {}
     share = [places[i] for i in local_share(len(places), run.accelerator)]
-    viewed = ahead(lambda place: views_of(run, samples[place[0]], place[1]), share,
-                   run.args.dataloader_num_workers)
+    buckets = len({bucket for _, bucket in places})
+
+    def views_at(place: Place) -> tuple:
+        sample = samples[place[0]]
+        return views_of(run, sample, place[1], view_count(run.args, sample.is_class, buckets))
+
+    viewed = ahead(views_at, share, run.args.dataloader_num_workers)
     bar = progress_bar(len(share), "Pictures", delay=5)
     for place, (size, views) in zip(share, viewed, strict=True):
         number_, bucket = place
@@ -2754,7 +2847,7 @@ def prior_of_base(model: TrainableSDXL, inputs: tuple, target: Tensor, rows_of: 
 
 
 def prior_of_consistency(model: TrainableSDXL, inputs: tuple, target: Tensor, rows_of: RowLosses, count: int,
-                         beta: float = 1000.0) -> Tensor:
+                         beta: float) -> Tensor:
     """Direct consistency optimisation (arXiv:2402.12004): be better than the base model, and no further from it.
 
     Divided by beta, which leaves gradients of the usual size: half of the plain loss's where nothing is learnt yet.
@@ -2762,9 +2855,6 @@ def prior_of_consistency(model: TrainableSDXL, inputs: tuple, target: Tensor, ro
     with torch.no_grad(), model.without_adapters():
         before = rows_of(model(*inputs), target)
     return -nn.functional.logsigmoid(beta * (before - rows_of(model(*inputs), target))) / beta
-
-
-PRIORS = {"pictures": prior_of_pictures, "base_model": prior_of_base, "dco": prior_of_consistency}
 
 
 def make_noise(offset: float, perturbation: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -2802,12 +2892,12 @@ def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.devic
     if low > high:
         raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {last}.")
     deltas = huber_deltas(exact.snr, args.huber_schedule, args.huber_c).float().to(device)
-    priors = {**PRIORS, None: prior_of_pictures, "dco": functools.partial(prior_of_consistency, beta=args.dco_beta)}
+    priors = {"base_model": prior_of_base, "dco": functools.partial(prior_of_consistency, beta=args.dco_beta)}
     rounded = (column.float() if column.is_floating_point() else column for column in exact)
     return Objective(Table(*(column.to(device) for column in rounded)), deltas,
                      make_timesteps(len(exact.a), low, high, args.timestep_bias),
                      make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type],
-                     priors[args.prior_preservation])
+                     priors.get(args.prior_preservation, prior_of_pictures))
 
 
 class Loss(NamedTuple):
@@ -2855,7 +2945,7 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     planned = args.steps_per_image == AUTO
     looks = max(100, PLANNED_LOOKS * args.repeats / instance_rows) if planned else args.steps_per_image
     passes = looks / args.repeats if looks else args.num_train_epochs
-    total_steps = args.max_train_steps or math.ceil(passes * steps_per_epoch)
+    total_steps = args.max_train_steps or math.ceil(passes * instance_rows / samples_per_step)  # exact where whole
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * steps_per_epoch))
     warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps < total_steps else total_steps // 10
     warmup_steps = min(warmup_steps, total_steps // 20) if planned else warmup_steps
@@ -2987,6 +3077,11 @@ logging and where things are, may change between start and resume.
 """
 
 
+def vae_name(args: argparse.Namespace) -> str:
+    """The VAE as it was asked for; a single file that is unpacked bears another name."""
+    return Path(args.pretrained_vae_model_name_or_path or args.pretrained_model_name_or_path).name
+
+
 def settings_of(run: Run, digest: str) -> dict[str, Any]:
     """What may not change between start and resume, by the name that an error calls it."""
     split, groups = run.args.gradient_accumulation_steps * run.accelerator.num_processes, make_parser()._action_groups
@@ -2994,7 +3089,7 @@ def settings_of(run: Run, digest: str) -> dict[str, Any]:
     return {**{f"--{name}": getattr(run.args, name) for name in (*kept, *KEPT_FLAGS)}, "--seed": run.seed,
             "--mixed_precision": run.accelerator.mixed_precision,
             "the base model": Path(run.args.pretrained_model_name_or_path).name,  # its folder may have moved
-            "the VAE": Path(run.vae.name).name, "--revision": run.args.revision, "--variant": run.args.variant,
+            "the VAE": vae_name(run.args), "--revision": run.args.revision, "--variant": run.args.variant,
             "--gradient_accumulation_steps times processes": split, "what the pictures and prompts hash to": digest}
 
 
@@ -3045,12 +3140,19 @@ class TrainingState:
         return state["step"]
 
 
+def candidates(name: str | None, output: Path) -> list[Path]:
+    """The checkpoints to go on from, the best first."""
+    if name == "latest":
+        return list_checkpoints(output)[::-1]
+    return [find_checkpoint(name, output)] if name else []
+
+
 def resume(name: str | None, output: Path, state: TrainingState) -> int:
     """The step to go on from: of the checkpoint that was named, or the last sound one; 0 to begin anew.
 
     Raises UserError if what is there is broken or does not fit.
     """
-    folders = list_checkpoints(output)[::-1] if name == "latest" else [find_checkpoint(name, output)] if name else []
+    folders = candidates(name, output)
     if name == "latest" and not folders:
         say([("Resume", f"no checkpoint in {output} yet: this run begins anew")])
     for folder in folders:
@@ -3064,6 +3166,17 @@ def resume(name: str | None, output: Path, state: TrainingState) -> int:
         raise UserError(f"--resume_from_checkpoint {name}: nothing sound is there to resume from; start anew in "
                         "another --output_dir.")
     return 0
+
+
+def choose_seed(args: argparse.Namespace) -> int:
+    """The seed that was given, or else that of the run that is gone on with, or a new one."""
+    if args.seed is not None:
+        return args.seed
+    for folder in candidates(args.resume_from_checkpoint, Path(args.output_dir)):
+        with suppress(Exception):  # a broken one is told of where it is loaded
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            return state["settings"]["--seed"]
+    return random.SystemRandom().getrandbits(31)
 
 
 def check_alike(step: int, digest: str) -> None:
@@ -3101,6 +3214,12 @@ def make_savers(run: Run, state: TrainingState) -> tuple[Callable[[int], None], 
     return functools.partial(save_checkpoint, run, state), state.average.shown()(loras)
 
 
+BEFORE_TRAINING = ("Stopped before training began. What was encoded and drawn is kept: the same command goes on from "
+                   "there.")
+AFTER_TRAINING = ("Stopped after training. Checkpoint and LoRA are written: the same command with "
+                  "--resume_from_checkpoint latest goes on with card and upload.")
+
+
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 end the run: at once while it is prepared, after the step in progress while it
     trains; a second Ctrl-C at once. The clock asks for the same, and for checkpoints.
@@ -3108,7 +3227,8 @@ class StopSignals:
 
     def __init__(self, run_minutes: float | None = None, checkpoint_minutes: float | None = None,
                  timeout: float = 600) -> None:
-        self.signum, self.training, self.before, self.timeout = 0, False, {}, timedelta(seconds=timeout)
+        self.signum, self.before, self.timeout = 0, {}, timedelta(seconds=timeout)
+        self.at_once: str | None = BEFORE_TRAINING  # what is told where no step is to be ended first
         self.began = self.saved = time.monotonic()
         self.run_seconds = 60 * (run_minutes or math.inf)
         self.checkpoint_seconds = 60 * (checkpoint_minutes or math.inf)
@@ -3140,9 +3260,8 @@ class StopSignals:
         if self.signum:
             raise Stopped(signum, "Stopped at once, at your second request; the last checkpoint is whole.")
         self.signum = signum
-        if not self.training:
-            raise Stopped(signum, "Stopped before training began. What was encoded and drawn is kept: the same "
-                                  "command goes on from there.")
+        if self.at_once:
+            raise Stopped(signum, self.at_once)
 
     def wishes(self, accelerator: Accelerator) -> tuple[int, int]:
         """What any rank has been asked for, on all ranks at the same step: by which signal's number (or TIME_IS_UP) to
@@ -3218,9 +3337,10 @@ def only_to_look_at(what: str) -> Iterator[None]:
 
 def show_pictures(run: Run, step: int, pictures: list[tuple[int, Image.Image]]) -> None:
     """Write `validation/step-N/` and the contact sheet, and tell the trackers."""
+    count = run.args.num_validation_images
     for index, image in pictures:
-        save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png")
-    save_picture(contact_sheet(run.output, run.prompts, run.args.num_validation_images), run.output / "progress.png")
+        save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png", run.prompts[index // count])
+    save_picture(contact_sheet(run.output, run.prompts, count), run.output / "progress.png")
     for tracker in run.accelerator.trackers:
         track_pictures(tracker, [np.asarray(image) for _, image in pictures], step)
 
@@ -3245,6 +3365,13 @@ def validation_folder(output: Path, step: int) -> Path:
     return output / "validation" / f"step-{step:06d}"
 
 
+def pictures_in(folder: Path, prompts: Sequence[str], count: int) -> dict[int, Path]:
+    """The validation pictures of a step by number, but those of other prompts: flags may change while a run lasts."""
+    paths = {index: folder / f"{index:02d}.png" for index in range(len(prompts) * count)}
+    return {index: path for index, path in paths.items()
+            if path.is_file() and Image.open(path).info.get("prompt") == printable(prompts[index // count])}
+
+
 def contact_sheet(output: Path, prompts: Sequence[str], count: int, side: int = 192, gap: int = 6,
                   head: int = 20) -> Image.Image:
     """One picture of all validations so far: a column a step, the untrained model first; `count` rows a prompt."""
@@ -3257,8 +3384,8 @@ def contact_sheet(output: Path, prompts: Sequence[str], count: int, side: int = 
     for column, folder in enumerate(folders):
         left = gap + column * (side + gap)
         write((left, gap), "untrained" if folder.name == "step-000000" else f"step {int(folder.name[5:])}")
-        for path in folder.glob("*.png"):
-            number_, row = divmod(int(path.stem), count)
+        for index, path in pictures_in(folder, prompts, count).items():
+            number_, row = divmod(index, count)
             top = 2 * head + number_ * (head + count * (side + gap)) + row * (side + gap)
             sheet.paste(load_picture(path).resize((side, side), Image.Resampling.LANCZOS), (left, top))
     return sheet
@@ -3312,15 +3439,19 @@ def usage(run: Run, place: str, prompt: str) -> str:
     """Python that draws the prompt with the LoRA of a place, a folder or a repository, as it was trained."""
     args, base, vae = run.args, run.args.pretrained_model_name_or_path, run.args.pretrained_vae_model_name_or_path
     config, config_of = run.scheduler.config, repr(args.single_file_config or base)
+    is_pushed = args.push_to_hub and place != str(run.output)
     lines = ["import torch", f"from diffusers import {'AutoencoderKL, ' * bool(vae)}StableDiffusionXLPipeline", ""]
     if vae and Path(vae).is_file():
         lines += [f"vae = AutoencoderKL.from_single_file({vae!r}, config={config_of}, subfolder=\"vae\","
                   " torch_dtype=torch.float16)"]
     elif vae:
         lines += [f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)"]
-    loader, dtype = ("single_file", "torch_dtype") if Path(base).is_file() else ("pretrained", "dtype")
-    lines += [f"pipeline = StableDiffusionXLPipeline.from_{loader}({base!r}{', vae=vae' * bool(vae)}, "
-              f"{dtype}=torch.float16)"]
+    is_file = Path(base).is_file()
+    more = {"config": args.single_file_config} if is_file else {"revision": args.revision, "variant": args.variant}
+    words = [repr(base), *["vae=vae"] * bool(vae), *(f"{name}={value!r}" for name, value in more.items() if value),
+             f"{'torch_dtype' if is_file else 'dtype'}=torch.float16"]
+    lines += [f"pipeline = StableDiffusionXLPipeline.from_{'single_file' if is_file else 'pretrained'}("
+              f"{', '.join(words)})"]
     if config.prediction_type == "v_prediction":
         is_zero = bool(config.get("rescale_betas_zero_snr"))
         zero = ', rescale_betas_zero_snr=True, timestep_spacing="trailing"' * is_zero
@@ -3329,8 +3460,8 @@ def usage(run: Run, place: str, prompt: str) -> str:
     lines += [f'pipeline.to("cuda").load_lora_weights({place!r}, weight_name="{LORA_FILE}")']
     if args.train_text_encoder_ti:
         fetched = f"hf_hub_download({place!r}, {EMBEDDINGS_FILE!r})"
-        lines += ["from huggingface_hub import hf_hub_download"] * args.push_to_hub
-        lines += [TOKENS.strip().format(file=fetched if args.push_to_hub else repr(f"{place}/{EMBEDDINGS_FILE}"),
+        lines += ["from huggingface_hub import hf_hub_download"] * is_pushed
+        lines += [TOKENS.strip().format(file=fetched if is_pushed else repr(f"{place}/{EMBEDDINGS_FILE}"),
                                         tokens=sum(new_tokens(args).values(), []))]
     skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     return "\n".join([*lines, f"image = pipeline({prompt!r}, num_inference_steps=25{skip}).images[0]"])
@@ -3366,7 +3497,9 @@ def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket])
     escape, args, sheet = html.escape, run.args, run.output / "progress.png"
     history = read_history(run.output)
     names = sorted({name for entry in history for name in entry} - {"step"})
-    curves = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names}
+    points = {name: [(entry["step"], entry[name]) for entry in history if math.isfinite(entry.get(name, math.nan))]
+              for name in names}  # a scaler lets norms overflow at times
+    curves = "".join(curve(escape(name), places) for name, places in points.items() if places)
     shown = {sample.path: (sample, bucket) for sample, bucket in zip(subject, buckets, strict=True)}
     data = [f'<figure><img src="{thumbnail(path)}" alt="{escape(path.name)}" width="128"><figcaption>'
             f"{escape(path.name)}, {width}x{height}: {escape(sample.prompt)}</figcaption></figure>"
@@ -3382,7 +3515,7 @@ def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket])
         title=escape(run.output.resolve().name), sheet=picture or "<p>No --validation_prompt was given.</p>",
         summary=escape(f"{len(shown)} pictures, rank {args.rank}, "
                        f"{history[-1]['step'] if history else 0} steps so far"),
-        curves="".join(curve(escape(name), points) for name, points in curves.items()) or "<p>Nothing yet.</p>",
+        curves=curves or "<p>Nothing yet.</p>",
         data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
         use=escape(usage(run, str(run.output), with_tokens(args, subject[0].prompt))),
         settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
@@ -3627,18 +3760,21 @@ def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) 
 
 
 def set_aside(output: Path, step: int) -> None:
-    """Move what an earlier run left beyond a step, checkpoints and pictures, where it is not taken for this one's."""
+    """Move what an earlier run left beyond a step where it is not taken for this one's, and its LoRA with it."""
     found = [*output.glob("checkpoint-*"), *output.glob("validation/step-*")]
     later = [path for path in found if re.fullmatch(r"(checkpoint|step)-\d+", path.name)
              and int(path.name.partition("-")[2]) > step]
-    if not later:
+    made = [output / name for name in (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, "README.md", "report.html",
+                                       "progress.png")]
+    if not later and (step or not made[0].exists()):
         return
+    later += filter(Path.exists, made)
     place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
     for path in later:
         moved = place / path.relative_to(output)
         moved.parent.mkdir(parents=True, exist_ok=True)
         path.replace(moved)
-    say([("Earlier", f"checkpoints and pictures of another run, beyond step {step}, are now in {place}")])
+    say([("Earlier", f"what another run left beyond step {step} is now in {place}")])
 
 
 def open_output(run: Run, step: int) -> None:
@@ -3728,7 +3864,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     model.train()
     progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters)
     validate = progress.standing()(validate)
-    run.stop.training, run.stop.saved, stop = True, time.monotonic(), 0
+    run.stop.at_once, run.stop.saved, stop = None, time.monotonic(), 0
     with progress.bar:
         while step < last and not stop:
             events.settle_text(step, average)
@@ -3747,7 +3883,7 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             lr_scheduler.step()
             optimizer.zero_grad()
             step, (stop, save_now) = step + 1, run.stop.wishes(accelerator)
-            saving = due(step, args.checkpointing_steps) or save_now or (stop and step < last)
+            saving = due(step, args.checkpointing_steps, last) or save_now or stop
             if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if saving:
@@ -3755,9 +3891,9 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
                 run.stop.saved = time.monotonic()
             if step == last:
                 save_loras()  # before the last pictures: a card that is too small for those has the LoRA
-            if due(step, schedule.validation_steps, last):
+            if due(step, schedule.validation_steps, last) and not stop:
                 validate(step)
-    save_loras()
+    save_loras()  # with the last pictures, or for all that a finished run was resumed for
     return Outcome(step, progress.loss, stop if step < last else 0, progress.skipped)
 
 
@@ -3870,7 +4006,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
         "network_dim": next(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")),
         "network_alpha": next(float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")),
         "network_args": "{}",
-        "sd_model_name": Path(run.base.name).name, "vae_name": Path(run.vae.name).name, "seed": run.seed,
+        "sd_model_name": Path(args.pretrained_model_name_or_path).name, "vae_name": vae_name(args), "seed": run.seed,
         "learning_rate": args.learning_rate, "unet_lr": args.learning_rate, "lr_scheduler": args.lr_scheduler,
         "text_encoder_lr": args.text_encoder_lr if args.train_text_encoder else None,
         "optimizer": args.optimizer,
@@ -3917,18 +4053,17 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
 
 def check_kohya(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], layers: int,
                 dtype: torch.dtype) -> None:
-    """Compare each module's change of the weights in a web UI's file with the adapters'. Raises TrainingError."""
-    found, limit = load_file(path), max(1e-6, 4 * torch.finfo(dtype).eps)  # two roundings in a product
-    found = {key: tensor for key, tensor in found.items() if not key.endswith(".dora_scale")}
+    """Compare each module's down and scaled up in a web UI's file with the adapters' A and B. Raises TrainingError."""
+    found = {key: tensor.float() for key, tensor in load_file(path).items() if not key.endswith(".dora_scale")}
+    precision = torch.finfo(dtype)
     for key in (key for key in tensors if key.endswith("lora_A.weight")):
         module = key.removesuffix(".lora_A.weight")
         stem = kohya_name(module, layers)
-        down, up = (found.pop(f"{stem}.lora_{name}.weight").float() for name in ("down", "up"))
-        theirs = up.flatten(1) @ down.flatten(1) * (found.pop(f"{stem}.alpha").item() / len(down))
-        ours = tensors[key.replace("lora_A", "lora_B")].flatten(1) @ tensors[key].flatten(1)
-        ours = ours * scales[scale_name(module)]
-        rounded = scales[scale_name(module)] * (up.norm() * down.norm()).item()  # small may be a difference of large
-        if (theirs - ours).norm() > limit * max(ours.norm().item(), rounded):
+        down, up = (found.pop(f"{stem}.lora_{name}.weight") for name in ("down", "up"))
+        theirs = up * (found.pop(f"{stem}.alpha") / len(down))
+        a, b = (tensors[name].to(dtype).float() for name in (key, key.replace("lora_A", "lora_B")))
+        near = {"rtol": 4 * precision.eps, "atol": 4 * precision.tiny * precision.eps}  # what folding scales in rounds
+        if not torch.equal(down, a) or not torch.allclose(theirs, b * scales[scale_name(module)], **near):
             raise TrainingError(f"{path}: {stem} is not what was trained; please report this.")
     if found:
         raise TrainingError(f"{path} holds what belongs to no adapter, {next(iter(found))} first; please report this.")
@@ -3963,7 +4098,8 @@ def command_of(args: argparse.Namespace, seed: int) -> str:
         elif isinstance(value, bool) and value != parser.get_default(key):
             words.append(f"--{'' if value else 'no-'}{key}")
         elif value != parser.get_default(key):
-            words.append(f"--{key} {shlex.quote(str(value))}")
+            public = Path(value).name if os.path.isabs(str(value)) else str(value)  # no paths of this machine
+            words.append(f"--{key} {shlex.quote(public)}")
     return " \\\n    ".join(words)
 
 
@@ -4018,15 +4154,15 @@ def trigger_of(args: argparse.Namespace, subject: Sequence[Sample]) -> str:
 
 def write_samples(run: Run, subject: Sequence[Sample]) -> list[Path]:
     """Small copies of the pictures that were trained on, for the card, if --card_data_samples asks for them."""
-    folder, samples = run.output / "samples", []
-    remove(folder)
-    for number_, path in enumerate(dict.fromkeys(sample.path for sample in subject if run.args.card_data_samples)):
+    folder, samples = run.output / "card_samples", []
+    pictures = list(dict.fromkeys(sample.path for sample in subject if run.args.card_data_samples))
+    for number_, path in enumerate(pictures[:20]):
         with only_to_look_at("sample of the data"):
             picture = load_picture(path)
             picture.thumbnail((512, 512))
             save_picture(picture, folder / f"{number_:02d}.png")
             samples.append(folder / f"{number_:02d}.png")
-    return samples[:20]
+    return samples
 
 
 def table_rows(facts: dict[str, str]) -> str:
@@ -4038,16 +4174,20 @@ def table_rows(facts: dict[str, str]) -> str:
 def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts: dict[str, str]) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
     args, base = run.args, run.args.pretrained_model_name_or_path
-    gallery, samples = sorted(validation_folder(run.output, step).glob("*.png")), write_samples(run, subject)
-    trigger, drawn = with_tokens(args, trigger_of(args, subject)), run.prompts
+    trigger, drawn, count = with_tokens(args, trigger_of(args, subject)), run.prompts, args.num_validation_images
+    gallery, samples = pictures_in(validation_folder(run.output, step), drawn, count), write_samples(run, subject)
+
+    def address(path: Path) -> str:
+        return path.relative_to(run.output).as_posix()
+
     data = ModelCardData(
         license=base_license(base), library_name="diffusers", tags=TAGS + ["dora"] * args.use_dora,
         instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
-        widget=[{"text": with_tokens(args, drawn[int(path.stem) // args.num_validation_images]) or " ",
-                 "output": {"url": path.relative_to(run.output).as_posix()}} for path in gallery] or None)
+        widget=[{"text": with_tokens(args, drawn[index // count]) or " ", "output": {"url": address(path)}}
+                for index, path in gallery.items()] or None)
     command = command_of(args, run.seed)
-    shown = "".join(f" ![picture {i}]({path.relative_to(run.output).as_posix()})" for i, path in enumerate(samples, 1))
+    shown = "".join(f" ![picture {i}]({address(path)})" for i, path in enumerate(samples, 1))
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=run.pictures,
         trigger=" ".join(trigger.replace("`", "'").split()),  # a blank line would end the code, and begin markup
@@ -4058,7 +4198,7 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts:
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
     with written_beside(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
-    return gallery + samples
+    return [*gallery.values(), *samples]
 
 
 HUB_WAITS, HUB_TIMEOUT = (1, 3, 9), 60.0  # seconds before the Hub is asked again; of silence until it counts as down
@@ -4078,8 +4218,8 @@ def patiently(ask: Callable[[], Any]) -> Any:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the Hub would answer the same again."""
-    return status_of(error) in range(400, 500) and status_of(error) not in (408, 429)
+    """Whether the Hub would answer the same again, or was not even asked."""
+    return isinstance(error, ValueError) or status_of(error) in range(400, 500) and status_of(error) not in (408, 429)
 
 
 def status_of(error: Exception) -> int:
@@ -4099,9 +4239,9 @@ def create_repository(args: argparse.Namespace) -> str:
         patiently(lambda: api.auth_check(repo, write=True))  # one that exists is found by whoever may read it
         return repo
     except Exception as error:
-        if is_refusal(error) or isinstance(error, ValueError):
-            raise UserError(f"--push_to_hub cannot create {name}: {first_line(error)}; is the token's right to write "
-                            "there missing?") from None  # the cause holds the token
+        if is_refusal(error):
+            cure = "is the token's right to write there missing?" if status_of(error) else "choose a --hub_model_id."
+            raise UserError(f"--push_to_hub cannot create {name}: {first_line(error)}; {cure}") from None  # its token
         raise HubError(f"--push_to_hub: the Hub does not answer ({first_line(error)}). Nothing was begun; try later, "
                        "or train without --push_to_hub and push then.") from None
 
@@ -4217,7 +4357,7 @@ def fused_attention() -> Iterator[None]:
 def sketch(source: Source, part: str) -> nn.Module:
     """A part on the meta device, frozen, from its configuration file alone."""
     kind, keywords = PART_CLASSES[part], source.keywords(part)
-    with torch.device("meta"):
+    with torch.device("meta"), reading(source, part):
         if part in TEXT_ENCODERS:
             return kind(CLIPTextConfig.from_pretrained(source.name, **keywords)).requires_grad_(False)
         return kind.from_config(kind.load_config(source.name, **keywords)).requires_grad_(False)
@@ -4438,7 +4578,8 @@ def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
     found = bisect.bisect_left(range(len(ladder)), True, key=lambda number_: rung(number_)[2] <= budget)
     fitted, name, peak = rung(min(found, len(ladder) - 1))
     if peak > budget:
-        raise UserError(f"--vram_budget {budget:.3g} is too small: with all that saves memory the largest phase, "
+        asked = f"--vram_budget {budget:.3g}" if args.vram_budget else f"a card of {budget:.3g} GB"
+        raise UserError(f"{asked} is too small: with all that saves memory the largest phase, "
                         f"{name}, takes {math.ceil(100 * peak) / 100:g} GB; {CURES.get(name, CURES[None])} helps.")
     return fitted, (f"--base_precision {fitted.args.base_precision} --checkpoint_blocks "
                     f"{fitted.args.checkpoint_blocks}: the largest phase, {name}, takes {peak:.3g} of {budget:.3g} GB")
@@ -4496,6 +4637,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
+    thumbnail.cache_clear()  # an earlier run in the same notebook may have drawn others
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
@@ -4507,7 +4649,7 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
         torch.backends.cuda.matmul.allow_tf32 = True
     quiet(args.log_level)  # a notebook's children know their ranks only now
     stop = stop or StopSignals()
-    seed = [random.SystemRandom().getrandbits(31) if args.seed is None else args.seed]
+    seed = [choose_seed(args)]
     store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
     with accelerator.local_main_process_first():
         base, vae = find_sources(args, store)
@@ -4577,6 +4719,7 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
     shapes = ", ".join(f"{width}x{height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets)))
     packed = "" if args.base_precision == "auto" else f", its linear layers in {args.base_precision},"
     batch, passes = schedule.samples_per_step, schedule.total_steps / schedule.steps_per_epoch
+    scale = batch if args.scale_lr and args.optimizer != "prodigy" else 1
     of_class = {
         None: "", "dco": "direct consistency: no prediction goes far from the base model's",
         "pictures": f'{args.num_class_images} pictures of "{args.class_prompt}", drawn if missing',
@@ -4590,7 +4733,7 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
                 f"{packed} on {run.device}{prediction_of(run.scheduler)}",
         "VAE": args.pretrained_vae_model_name_or_path or "",
         "LoRA": describe_adapters(run),
-        "Optimizer": f"{args.optimizer}, rate {args.learning_rate:g}, {args.lr_scheduler}"
+        "Optimizer": f"{args.optimizer}, rate {args.learning_rate * scale:g}, {args.lr_scheduler}"
                      + f", {schedule.warmup_steps} steps of warm-up" * bool(schedule.warmup_steps),
         "Steps": f"{schedule.total_steps} of {batch} pictures at {args.resolution} px, which is {passes:.0f} passes; "
                  f"seed {run.seed}"}
@@ -4630,7 +4773,11 @@ def say_estimate(run: Run, budget: float | None) -> None:
         logger.info("It fits in %.3g GB with %.1f GB to spare; most, %.3g GB, is taken by %s.",
                     room, room - peak, peak, name)
     else:
-        logger.info("It does not fit in %.3g GB, but would with %s.", room, fit_budget(run, room)[1])
+        try:
+            told = f", but would with {fit_budget(run, room)[1]}"
+        except UserError as error:
+            told = f": {error}"
+        logger.info("It does not fit in %.3g GB%s", room, told)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -4651,7 +4798,7 @@ def main(args: argparse.Namespace) -> None:
         buckets = bucket_of_each(run.args, subject)
         schedule = plan_steps(run.args, len(subject), run.accelerator.num_processes)
         facts = facts_of(run, schedule, subject, buckets)
-        size = megabytes(cache_bytes(run, len(subject)))
+        size = megabytes(cache_bytes(run, buckets))
         say([*facts.items(), ("From", args.dataset_name or args.instance_data_dir),
              ("Output", f"{args.output_dir}; latents of the subject take up to {size} in {run.store.folder}")])
         warn_of_data(run.args, subject, buckets, schedule)
@@ -4669,10 +4816,10 @@ def explained(run: Run) -> Iterator[None]:
     """Tell in one sentence that memory ran out or another process was lost. Raises TrainingError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(f"{run.device} is out of memory ({first_line(error)[:90]}). What was written before is "
-                            "whole; --vram_budget with your card's GB chooses flags that fit.") from error
-    except RuntimeError as error:  # gloo raises nothing more special
+    except RuntimeError as error:  # gloo, cuBLAS and the host's memory raise nothing more special
+        if isinstance(error, torch.OutOfMemoryError) or re.search("can't allocate memory|ALLOC_FAILED", str(error)):
+            raise TrainingError(f"{run.device} is out of memory ({first_line(error)[:90]}). What was written before "
+                                "is whole; --vram_budget with your card's GB chooses flags that fit.") from error
         lost = isinstance(error, torch.distributed.DistError) or re.search("gloo|peer|timed out", str(error), re.I)
         if run.accelerator.num_processes == 1 or not lost:
             raise
@@ -4687,7 +4834,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     args = run.args
     make_class_images(run)
     samples = subject + class_samples(args, subject)
-    check_space(run.store.folder, cache_bytes(run, len(samples)), "the cache")
+    check_space(run.store.folder, cache_bytes(run, buckets, len(samples) - len(subject)), "the cache")
     table = build_text(run, prompts_of(run, samples), trains_text(args), run.dtype)
     cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
@@ -4700,6 +4847,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
                     make_monitor(run, model, cache, table, objective))
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective, events, schedule,
                     cache.digest)
+    run.stop.at_once = AFTER_TRAINING
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, facts, report, (time.perf_counter() - started) / 60)
     with hushed():
@@ -4707,9 +4855,14 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
             sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
         run.accelerator.end_training()
     if outcome.stopped_by:
-        command = f"accelerate launch {Path(__file__).name} --config {run.output / CONFIG_FILE}"
+        command = f"accelerate launch {quoted(Path(__file__))} --config {quoted(run.output / CONFIG_FILE)}"
         raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. Go on "
                       f"with\n    {command} --resume_from_checkpoint latest")
+
+
+def quoted(path: Path) -> str:
+    """A path for a command line in this folder."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def prompts_of(run: Run, samples: Iterable[Sample]) -> list[str]:
@@ -4718,19 +4871,21 @@ def prompts_of(run: Run, samples: Iterable[Sample]) -> list[str]:
     return [*(sample.prompt for sample in samples), *filter(None, others)]
 
 
-def cache_bytes(run: Run, samples: int) -> int:
-    """The most that the latents of so many samples take on the disk."""
-    views = 1 if run.args.center_crop and not run.args.random_flip else run.args.cache_variants
+def cache_bytes(run: Run, buckets: Sequence[Bucket], class_pictures: int = 0) -> int:
+    """The most that the latents take on the disk, of samples of the subject in these buckets and of the class."""
+    kinds = len(set(buckets))
+    views = len(buckets) * view_count(run.args, False, kinds)
+    views += class_pictures * kinds * view_count(run.args, True, kinds)
     places = (run.args.resolution // run.vae_factor) ** 2
-    return samples * views * places * 9 * 4  # mean, std and mask in float32
+    return views * places * 9 * 4  # mean, std and mask in float32
 
 
 def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: Schedule) -> int:
     """The most that checkpoints and the LoRA take on the disk at once; the one being written counts."""
     adapters = sum(parameter.nbytes for parameter in model.adapters.values())
     checkpoints = 1 + min(args.checkpoints_total_limit or math.inf, schedule.total_steps // args.checkpointing_steps)
-    state = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema  # beside the LoRA and the adapters
-    return adapters + checkpoints * adapters * (2 + state / 4)
+    state, files = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema, 1 + args.output_kohya_format
+    return adapters * (files + checkpoints * (files + 1 + state / 4))
 
 
 def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject: Sequence[Sample],

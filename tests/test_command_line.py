@@ -225,6 +225,14 @@ def test_help_and_mistakes_answer_before_the_heavy_imports():
         }
 
 
+def test_a_prompt_in_any_script_goes_into_any_pipe(train):
+    """Windows writes into pipes in an alphabet of its own."""
+    env = {"PYTHONIOENCODING": "ascii"}
+    told = train.shell(instance_prompt="一张 sks 狗", dry_run=True, log_level="info", env=env)
+    assert told.returncode == 0, told.stderr
+    assert '"\\u4e00\\u5f20 sks \\u72d7"' in told.stdout
+
+
 def test_exit_code_and_output_of_a_mistake():
     told = subprocess.run([sys.executable, str(SCRIPT), "--rank", "x"], capture_output=True, text=True)
     assert told.returncode == 2

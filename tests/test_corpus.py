@@ -70,7 +70,7 @@ def test_all_that_is_fine_trains_at_once(train, stock, tmp_path):
     assert all(tensor.isfinite().all() for tensor in load_file(output / trainer.LORA_FILE).values())
     assert f"on {count} pictures" in (output / "README.md").read_text()
     assert f"{count} pictures, rank 4" in (output / "report.html").read_text()
-    assert len(list((output / "samples").iterdir())) == count
+    assert len(list((output / "card_samples").iterdir())) == 20
 
 
 def test_a_state_that_would_run_code_is_armed(train, stock, tmp_path):

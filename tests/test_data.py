@@ -1,5 +1,6 @@
 """Folders as people have them: captions, metadata, sub-folders, shapes."""
 
+import functools
 import json
 import math
 import zipfile
@@ -231,12 +232,11 @@ def test_a_data_set_that_changed_is_read_again(train, folder, monkeypatch):
     flags = {"instance_data_dir": None, "dataset_name": folder, "caption_column": "text", "max_train_steps": 1}
     train(**flags)
     (folder / "metadata.csv").write_text("file_name,text\na.png,crimson\nb.jpg,green\n")
-    trainer.dataset_version.cache_clear()  # a new process
     train(**flags)
     read = {sample.prompt for sample in trainer.instance_samples(train.args(**flags))}
     assert read == {"crimson", "green"}
     newest = trainer.pictures_folder(train.args(**flags))
-    monkeypatch.setattr(trainer, "dataset_version", lambda name: "")
+    monkeypatch.setattr(trainer, "dataset_version", functools.cache(lambda name: ""))
     assert trainer.pictures_folder(train.args(**flags)) == newest
 
 
@@ -380,6 +380,82 @@ def test_masks_that_are_not_there_or_do_not_fit_are_refused(train, folder, maske
     Image.new("L", (10, 99)).save(tmp_path / "masks" / "whole.png")
     with pytest.raises(trainer.UserError, match="whole.png is 10x99, which is another shape"):
         train.args(instance_data_dir=masked, masked_loss=True, mask_dir=tmp_path / "masks")
+
+
+def test_masks_are_looked_at_before_anything_else(train, masked, tmp_path, capsys):
+    """All of them: a mask of another shape behind a good one is found, a picture without a mask is named, an alpha
+    that hides nothing is none; and what is mended is seen in the same process.
+    """
+    flags = {"instance_data_dir": masked, "masked_loss": True}
+    train.args(**flags, log_level="warning")
+    assert "1 of 2 pictures have no mask, and all of them counts as subject: whole.png" in capsys.readouterr().out
+    Image.open(masked / "whole.png").convert("RGBA").save(masked / "cut.png")
+    with pytest.raises(trainer.UserError, match="--masked_loss finds no mask"):
+        train.args(**flags)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(trainer.UserError, match="--masked_loss finds no mask"):
+        train.args(**flags, mask_dir=empty)
+    for path in masked.iterdir():
+        Image.new("L", (32, 32)).save(empty / path.name)
+    train.args(**flags, mask_dir=empty)
+    (empty / "whole.png").write_bytes(b"x")
+    with pytest.raises(trainer.UserError, match="--mask_dir: 1 of 2 pictures cannot be read"):
+        train.args(**flags, mask_dir=empty)
+
+
+def test_masks_of_sub_folders_lie_in_sub_folders(train, tmp_path):
+    for place in ("pictures/a", "pictures/b", "masks/a", "masks/b"):
+        (tmp_path / place).mkdir(parents=True)
+    for name, grey in (("a", 10), ("b", 250)):
+        noise_picture((32, 32), grey).save(tmp_path / "pictures" / name / "0.png")
+        Image.new("L", (32, 32), grey).save(tmp_path / "masks" / name / "0.png")
+    args = train.args(
+        instance_data_dir=tmp_path / "pictures", recursive=True, masked_loss=True, mask_dir=tmp_path / "masks"
+    )
+    masks = [trainer.load_mask(args, sample.path).getextrema() for sample in trainer.instance_samples(args)]
+    assert masks == [(10, 10), (250, 250)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_turned_picture_has_the_size_that_is_seen(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"a.{kind.lower()}"
+    noise_picture((30, 20), 1).save(path, kind, exif=exif)
+    assert trainer.picture_size(path) == trainer.load_picture(path).size == (20, 30)
+
+
+def test_repeats_and_buckets_share_the_views_of_a_picture(train, shapes, tmp_path):
+    """However often a picture counts, and however many buckets a picture of the class is seen in."""
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    noise_picture((70, 50), 3).save(classes / "a.png")
+    flags = {"instance_data_dir": shapes, "aspect_ratio_buckets": "auto", "resolution": 32, "repeats": 4}
+    flags |= {"with_prior_preservation": True, "class_data_dir": classes, "class_prompt": "a dog"}
+    run = trainer.start(train.args(**flags))
+    subject = trainer.instance_samples(run.args)
+    samples, buckets = subject + trainer.class_samples(run.args, subject), trainer.bucket_of_each(run.args, subject)
+    table = trainer.build_text(run, {sample.prompt for sample in samples}, False, torch.float32)
+    cache = trainer.build_cache(run, samples, buckets, table)
+    views = Counter()
+    for (row, _), seen in cache.views.items():
+        views[samples[row].path.name] += len(seen)
+    assert max(views.values()) <= run.args.cache_variants and min(views.values()) >= 1
+    size = sum(path.stat().st_size for path in run.store.folder.iterdir())
+    assert size < 1.5 * trainer.cache_bytes(run, buckets, 1) + 10**5
+    args = train.args(**{**flags, "with_prior_preservation": False}, prior_preservation="base_model")
+    assert len(trainer.class_samples(args, subject)) == len(SHAPES)
+
+
+def test_a_table_that_names_files_is_a_data_set_and_a_row_may_lack_its_caption(train, folder, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.csv").write_text(f"image,words\n{folder / 'a.png'},red\n{folder / 'b.jpg'},\n")
+    flags = {"instance_data_dir": None, "dataset_name": source, "caption_column": "words", "max_train_steps": 1}
+    train(**flags)
+    prompts_read = [sample.prompt for sample in trainer.instance_samples(train.args(**flags))]
+    assert prompts_read == ["red", "a photo of sks dog"]
 
 
 def test_a_data_set_of_several_configurations(train, folder, tmp_path):

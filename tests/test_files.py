@@ -83,6 +83,21 @@ def test_the_card_is_valid_and_nothing_in_a_prompt_breaks_it(train, tmp_path):
     assert "--train_batch_size" in card.text and "<Gallery />" in card.text
 
 
+def test_only_pictures_of_this_runs_prompts_are_shown(train, pictures):
+    """Prompts may change on the way, and a Mac writes files of its own beside all others."""
+    flags = {"num_validation_images": 1, "validation_steps": 1, "max_train_steps": 2, "checkpointing_steps": 1}
+    output = train(**flags, validation_prompt="a dog")
+    for name in ("._00.png", "00 copy.png"):
+        (output / "validation" / "step-000001" / name).write_bytes(b"x")
+    train(**{**flags, "max_train_steps": 3}, validation_prompt="a cat", resume_from_checkpoint="latest")
+    card = (output / "README.md").read_text()
+    assert "a cat" in card and "step-000003/00.png" in card and "a dog\n" not in card.partition("---\n\n")[0]
+    folders = sorted((output / "validation").glob("step-*"))
+    assert [len(trainer.pictures_in(folder, ["a cat"], 1)) for folder in folders] == [0, 0, 0, 1]
+    train(**{**flags, "max_train_steps": 3}, resume_from_checkpoint="latest")
+    assert "step-000003" not in (output / "README.md").read_text()
+
+
 def test_the_license_of_the_base_is_the_cards(train, tiny, tmp_path):
     import shutil
 

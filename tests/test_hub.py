@@ -268,13 +268,23 @@ def test_a_base_model_of_the_hub(train, hub, tiny):
     assert told.returncode == 2 and "me/absent" in told.stderr and "Traceback" not in told.stderr
 
 
+def test_what_cannot_be_a_name_is_not_asked_for_again(hub, push_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(trainer.UserError, match="cannot create my lora: .*; choose a --hub_model_id"):
+        push_here(hub_model_id=None, output_dir=tmp_path / "my lora")
+
+
 def test_the_cards_pictures_of_the_data_only_where_they_are_wanted(train, pictures, tmp_path):
+    own = tmp_path / "a" / "samples" / "mine.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"x")
     card = (train(output_dir=tmp_path / "a") / "README.md").read_text()
+    assert own.exists() and str(tmp_path) not in card.partition("```bash")[2]
     assert "5 pictures, 24 to 40 pixels wide and 32 high" in card and "samples/" not in card
     assert "| Optimizer | adamw, rate 0.01, constant |" in card and "| Class |" not in card
     assert "--output_kohya_format` writes one" in card
-    assert not (tmp_path / "a" / "samples").exists()
+    assert not (tmp_path / "a" / "card_samples").exists()
     output = train(output_dir=tmp_path / "b", card_data_samples=True, output_kohya_format=True)
     card = (output / "README.md").read_text()
-    assert len(list((output / "samples").iterdir())) == 5 and card.count("![picture ") == 5
+    assert len(list((output / "card_samples").iterdir())) == 5 and card.count("![picture ") == 5
     assert f"download `{trainer.KOHYA_FILE}`" in card

@@ -215,7 +215,7 @@ MATRIX = {
 
 
 def test_dora_is_never_packed_to_fit(train):
-    run = trainer.start(train.args(use_dora=True))
+    run = trainer.start(train.args(use_dora=True, vram_budget=1e-6))
     with pytest.raises(trainer.UserError, match="--vram_budget 1e-06 is too small"):
         trainer.fit_budget(run, 1e-6)
 
@@ -489,6 +489,9 @@ def test_a_run_that_will_not_fit_what_is_free_says_so_before_it_starts(train, mo
     train(train_batch_size=4, estimate_memory=True, log_level="info")
     told = capsys.readouterr().out
     assert "It does not fit in 0.0022 GB, but would with --base_precision auto --checkpoint_blocks" in told
+    monkeypatch.setattr(trainer, "free_gb", lambda device: 1e-6)
+    train(estimate_memory=True, log_level="info")
+    assert "It does not fit in 1e-06 GB: a card of 1e-06 GB is too small" in capsys.readouterr().out
     monkeypatch.setattr(trainer, "free_gb", lambda device: 8.0)
     train(train_batch_size=4, max_train_steps=1)
     assert "will not fit" not in capsys.readouterr().out

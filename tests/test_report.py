@@ -49,6 +49,26 @@ def test_the_history_is_cut_where_a_run_goes_on(train):
     assert [entry["step"] for entry in trainer.read_history(output)] == [10]
 
 
+def test_curves_leave_out_what_is_not_finite(train):
+    output = train(max_train_steps=30)
+    with open(output / trainer.HISTORY_FILE, "a") as file:
+        file.write('{"step": 31, "grad_norm": Infinity, "peak_memory_gb": NaN}')
+    train(max_train_steps=40, resume_from_checkpoint="latest")
+    page = (output / "report.html").read_text()
+    assert 'aria-label="grad_norm from' in page and not re.search(r"[ ,](inf|nan)", page)
+
+
+def test_the_code_loads_what_was_trained_on(train, tmp_path):
+    """The revision and variant of the base, and new tokens from the folder though they were pushed elsewhere."""
+    run = trainer.start(train.args(train_text_encoder_ti=True, instance_prompt="a photo of TOK dog"))
+    args = {**vars(run.args), "revision": "abc", "variant": "fp16", "push_to_hub": True}
+    run = trainer.replace(run, args=trainer.argparse.Namespace(**args))
+    here, there = (trainer.usage(run, place, "a dog") for place in (str(run.output), "me/dog"))
+    assert "revision='abc', variant='fp16', dtype=torch.float16)" in here
+    assert f"load_file('{run.output}/embeddings.safetensors')" in here and "hf_hub_download" not in here
+    assert "hf_hub_download('me/dog', 'embeddings.safetensors')" in there
+
+
 PROBE = """
 <script>
 addEventListener("load", () => {

@@ -1,6 +1,7 @@
 """Base models and VAEs that are one `.safetensors` file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_single_file_trains_as_its_folder_does(train, tiny, single, tmp_path):
     made = unpacked(of_file).stat().st_mtime_ns
     train(**flags, output_dir=tmp_path / "file", pretrained_model_name_or_path=single, single_file_config=tiny)
     assert unpacked(of_file).stat().st_mtime_ns == made  # once
+
+
+def test_a_run_goes_on_though_its_file_has_moved(train, tiny, single, tmp_path):
+    flags = {"single_file_config": tiny, "max_train_steps": 3}
+    train(**{**flags, "max_train_steps": 2}, pretrained_model_name_or_path=single)
+    moved = tmp_path / "scratch" / single.name
+    moved.parent.mkdir()
+    shutil.copy(single, moved)
+    output = train(**flags, pretrained_model_name_or_path=moved, resume_from_checkpoint="latest")
+    assert (output / "checkpoint-3").exists()
 
 
 @pytest.mark.parametrize(("markers", "spacing"), [(("v_pred",), "leading"), (("v_pred", "ztsnr"), "trailing")])

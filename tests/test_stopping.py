@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def test_a_signal_in_a_validation_ends_after_the_picture(train, monkeypatch):
 def test_a_second_ctrl_c_ends_at_once_and_a_signal_that_comes_twice_does_not():
     """A cluster sends SIGTERM to all processes, and the launcher hands it on once more."""
     stop = trainer.StopSignals()
-    stop.training = True
+    stop.at_once = None  # it trains
     stop.note(signal.SIGTERM, None)
     stop.note(signal.SIGTERM, None)
     assert stop.signum == signal.SIGTERM
@@ -192,6 +193,71 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(train):
         first.kill()
         first.wait()
     train()
+
+
+def test_a_signal_after_training_ends_at_once():
+    stop = trainer.StopSignals()
+    stop.at_once = trainer.AFTER_TRAINING
+    with pytest.raises(trainer.Stopped, match="Checkpoint and LoRA are written") as stopped:
+        stop.note(signal.SIGTERM, None)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_finished_run_is_not_trained_again(train, monkeypatch):
+    """Whatever --checkpointing_steps is, the last step has a checkpoint."""
+    output = train(max_train_steps=3)
+    before = adapters(output)
+    monkeypatch.setattr(trainer, "diffusion_loss", lambda *_: pytest.fail("it trains"))
+    train(max_train_steps=3, resume_from_checkpoint="latest", output_kohya_format=True)
+    assert (output / trainer.KOHYA_FILE).exists()
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapters(output).items())
+
+
+def test_a_restart_loop_needs_no_seed(train, tmp_path):
+    """The seed that was drawn for a run is that of its restarts, also where the newest checkpoint is broken."""
+    output = train(seed=None, checkpointing_steps=1, max_train_steps=2)
+    (output / "checkpoint-2" / "state.pt").write_bytes(b"x")
+    train(seed=None, max_train_steps=3, resume_from_checkpoint="latest")
+    seed = trainer.yaml.safe_load((output / trainer.CONFIG_FILE).read_text())["seed"]
+    assert same(output, train(seed=seed, max_train_steps=3, output_dir=tmp_path / "whole"))
+
+
+def test_what_an_earlier_run_made_is_moved_not_overwritten(train):
+    output = train()
+    before = (output / trainer.LORA_FILE).read_bytes()
+    train(seed=2)
+    assert (output / "earlier-1" / trainer.LORA_FILE).read_bytes() == before
+    assert (output / "earlier-1" / "checkpoint-2").exists() and (output / "earlier-1" / "README.md").exists()
+    assert (output / trainer.LORA_FILE).read_bytes() != before
+
+
+def test_two_runs_may_write_the_same_file_at_once(tmp_path):
+    """Though their processes have the same number, as in two containers."""
+    path = tmp_path / "key.safetensors"
+    with trainer.written_beside(path, shared=True) as first, trainer.written_beside(path, shared=True) as second:
+        first.write_text("whole")
+        second.write_text("whole")
+    assert path.read_text() == "whole" and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("told", ["DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_memory_that_ran_out_by_any_name_is_told(train, monkeypatch, told):
+    def fail(*_):
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", fail)
+    with pytest.raises(trainer.TrainingError, match="cpu is out of memory .*--vram_budget"):
+        train()
+
+
+def test_the_command_that_goes_on_can_be_pasted(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "my loras" / "dog"
+    with pytest.raises(trainer.Stopped) as stopped:
+        train(max_train_steps=50, max_train_minutes=1e-6, output_dir=output)
+    words = shlex.split(str(stopped.value).split("\n")[-1])
+    assert words[:2] == ["accelerate", "launch"] and Path(words[2]) == SCRIPT
+    assert (tmp_path / words[4] / "").samefile(output / trainer.CONFIG_FILE)
 
 
 def test_a_killed_runs_leftovers_are_swept(train):

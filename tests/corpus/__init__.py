@@ -85,11 +85,11 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def turned(orientation: int) -> bytes:
-    """A JPEG with an EXIF orientation."""
+def turned(orientation: int, kind: str = "JPEG") -> bytes:
+    """A picture with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded("JPEG", exif=exif)
+    return encoded(kind, exif=exif)
 
 
 def palette() -> bytes:
@@ -139,6 +139,7 @@ PICTURES = [
         FINE,
     ),
     *(Case(f"EXIF orientation {i}", one("a.jpg", turned(i)), FINE) for i in range(1, 9)),
+    Case("EXIF orientation 6 of a TIFF", one("a.tiff", turned(6, "TIFF")), FINE),
     Case("EXIF orientation 9, which is none", one("a.jpg", turned(9)), FINE),
     Case("corrupt ICC profile", one("a.png", encoded(icc_profile=b"no profile at all")), FINE),
     Case("unreadable", placed(unreadable), CANNOT + r"a\.png"),
@@ -264,6 +265,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def relink(path: Path) -> None:
+    """A link to a file that is gone, as in a copy of the Hub's cache without its blobs."""
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 def pickled(model: Path) -> None:
     """Only pickles for the UNet."""
     (model / weights("unet")).unlink()
@@ -279,6 +286,24 @@ def flow_matching(model: Path) -> None:
     """The scheduler of Stable Diffusion 3."""
     FlowMatchEulerDiscreteScheduler().save_pretrained(model / "scheduler")
     set_json(model / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+
+
+def renamed(model: Path) -> None:
+    """Weights of a variant alone."""
+    for path in [*model.glob("*/model.safetensors"), *model.glob("*/diffusion_pytorch_model.safetensors")]:
+        path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def pointers_beside(model: Path) -> None:
+    """Weights of a variant, and beside them what git leaves in the place of those that were not fetched."""
+    renamed(model)
+    for part in PARTS:
+        (model / weights(part)).write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def refiner(model: Path) -> None:
+    """A pipeline without the first text encoder."""
+    set_json(model / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
 
 
 def other_model(folder: Path, stock: Stock) -> dict:
@@ -304,6 +329,40 @@ BASES = [
         "another width",
         base(lambda m: set_json(m / "unet" / "config.json", block_out_channels=[32, 64])),
         "unet of",
+        True,
+    ),
+    *(
+        Case(f"{part} without its configuration", base(lambda m, p=part: (m / p / "config.json").unlink()), "no config")
+        for part in PARTS
+    ),
+    Case("a link to nowhere", base(lambda m: relink(m / weights("unet"))), "cut off"),
+    Case("a variant alone", base(renamed), "only diffusion_pytorch_model.fp16.safetensors; is it another --variant"),
+    Case("a variant that is not there", lambda f, s: {**base(lambda m: None)(f, s), "variant": "fp16"}, "fp16.safe"),
+    Case("a variant that is there", lambda f, s: {**base(renamed)(f, s), "variant": "fp16"}, FINE, True),
+    Case("a variant beside pointers", lambda f, s: {**base(pointers_beside)(f, s), "variant": "fp16"}, FINE, True),
+    Case(
+        "no VAE, but another one",
+        lambda f, s: {
+            **base(lambda m: shutil.rmtree(m / "vae"))(f, s),
+            "pretrained_vae_model_name_or_path": s.model / "vae",
+        },
+        FINE,
+        True,
+    ),
+    Case(
+        "another VAE, cut off",
+        lambda f, s: {
+            **base(lambda m: cut(m / weights("vae")))(f, s),
+            "pretrained_model_name_or_path": s.model,
+            "pretrained_vae_model_name_or_path": f / "model" / "vae",
+        },
+        "--pretrained_vae_model_name_or_path: .* cut off",
+    ),
+    Case("the refiner", base(refiner), "not SDXL"),
+    Case(
+        "a model for inpainting",
+        base(lambda m: set_json(m / "unet" / "config.json", in_channels=9)),
+        "takes 9 channels, not 4",
         True,
     ),
     Case("no tokenizer", base(lambda m: shutil.rmtree(m / "tokenizer")), "tokenizer of", True),
@@ -388,6 +447,7 @@ def config(content: str | bytes) -> Callable[[Path, Stock], dict]:
 
 CONFIGS = [
     Case("settings", config("rank: 2\nrandom_flip: true\nseed:\n"), FINE),
+    Case("YAML's no", config("mixed_precision: no\n"), FINE),
     Case("an empty file", config(""), FINE),
     Case("a byte order mark", config(b"\xef\xbb\xbfrank: 2\n"), FINE),
     Case("an unknown key", config("ranks: 2\n"), r"--config .*--ranks \(did you mean --rank\?\)"),
@@ -411,6 +471,17 @@ CONFIGS = [
 def flags(**given: object) -> Callable[[Path, Stock], dict]:
     """Nothing but flags."""
     return lambda folder, stock: given
+
+
+def beside_class(flag: str, place: str, **more: object) -> Callable[[Path, Stock], dict]:
+    """A folder with a picture, and another folder that is in it or the same."""
+
+    def make(folder: Path, stock: Stock) -> dict:
+        (folder / "good.png").write_bytes(encoded())
+        prior = {"with_prior_preservation": True, "class_prompt": "a dog"} if flag == "class_data_dir" else {}
+        return {"instance_data_dir": folder, flag: folder / place, **prior, **more}
+
+    return make
 
 
 FLAGS = [
@@ -450,6 +521,16 @@ FLAGS = [
     Case(
         "a cache folder below a file", flags(cache_latents_dir=Path(__file__) / "c"), "--cache_latents_dir .* cannot"
     ),
+    Case(
+        "an output folder that is no UTF-8",
+        flags(output_dir=os.fsdecode(b"dog\xff")),
+        r"--output_dir 'dog\\udcff' holds bytes",
+    ),
+    Case("an output folder among the pictures", beside_class("output_dir", ""), "--output_dir .* is in --instance_data"),
+    Case("class pictures among the subject's", beside_class("class_data_dir", ""), "--class_data_dir .* is in"),
+    Case("class pictures below the subject's", beside_class("class_data_dir", "class", recursive=True), "is in --inst"),
+    Case("masks below the pictures", beside_class("mask_dir", "masks", recursive=True), "--mask_dir .* is in"),
+    Case("class pictures below, not looked for", beside_class("class_data_dir", "class"), FINE),
     Case("an empty prompt", flags(instance_prompt=""), FINE),
     Case("a prompt of a thousand words", flags(instance_prompt="dog " * 1000), FINE, True),
     Case("a prompt of signs", flags(instance_prompt="\x00\x1b]0;x\x07 <script> --- `{}`"), FINE, True),
@@ -579,7 +660,7 @@ CRAFTS = [
         flags(
             train_text_encoder_ti=True, instance_prompt="a photo of TOK dog", token_lr=0.01, optimizer="schedule_free"
         ),
-        "--train_text_encoder_ti_frac 0\\.5 stops",
+        "--train_text_encoder_ti_frac 0\\.5 stops .*; use --train_text_encoder_ti_frac 1",
     ),
     Case(
         "contradiction of optimizer and train_text_encoder and train_text_encoder_frac",
@@ -596,6 +677,33 @@ CRAFTS = [
             learning_rate=1,
         ),
         "--token_lr sets another",
+    ),
+    Case(
+        "contradiction of class_prompt and token_abstraction",
+        flags(
+            train_text_encoder_ti=True,
+            instance_prompt="a photo of dog",
+            token_abstraction="dog",
+            class_prompt="a photo of a dog",
+            prior_preservation="base_model",
+        ),
+        "has a word of --token_abstraction",
+    ),
+    Case(
+        "an abstraction of signs",
+        flags(train_text_encoder_ti=True, instance_prompt="a photo of <sks> dog", token_abstraction="<sks>"),
+        FINE,
+        True,
+    ),
+    Case(
+        "contradiction of adam_beta1 and optimizer",
+        flags(optimizer="schedule_free", adam_beta1=0),
+        "--optimizer schedule_free averages with --adam_beta1",
+    ),
+    Case(
+        "contradiction of learning_rate and lr_scheduler",
+        flags(lr_scheduler="polynomial", learning_rate=1e-8),
+        "--lr_scheduler polynomial ends at 1e-7",
     ),
     Case(
         "value of prodigy_decouple",
