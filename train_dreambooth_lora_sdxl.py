@@ -3886,11 +3886,11 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             saving = due(step, args.checkpointing_steps, last) or save_now or stop
             if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
+            if step == last:
+                save_loras()  # first: the disk may be too small for a checkpoint, the card for the last pictures
             if saving:
                 save(step)
                 run.stop.saved = time.monotonic()
-            if step == last:
-                save_loras()  # before the last pictures: a card that is too small for those has the LoRA
             if due(step, schedule.validation_steps, last) and not stop:
                 validate(step)
     save_loras()  # with the last pictures, or for all that a finished run was resumed for
@@ -4897,7 +4897,8 @@ def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject:
     if run.args.push_to_hub and not outcome.stopped_by:
         address = push(run.args, repo, gallery)
     say([
-        ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, loss {outcome.loss:.4f}"
+        ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, "
+                 + (f"loss {outcome.loss:.4f}" if math.isfinite(outcome.loss) else "none of them taken now")
                  + (f"; {outcome.skipped} steps were skipped, their numbers not finite" if outcome.skipped else "")),
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),

@@ -203,13 +203,13 @@ def test_a_signal_after_training_ends_at_once():
     assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
-def test_a_finished_run_is_not_trained_again(train, monkeypatch):
+def test_a_finished_run_is_not_trained_again(train, monkeypatch, capsys):
     """Whatever --checkpointing_steps is, the last step has a checkpoint."""
     output = train(max_train_steps=3)
     before = adapters(output)
     monkeypatch.setattr(trainer, "diffusion_loss", lambda *_: pytest.fail("it trains"))
-    train(max_train_steps=3, resume_from_checkpoint="latest", output_kohya_format=True)
-    assert (output / trainer.KOHYA_FILE).exists()
+    train(max_train_steps=3, resume_from_checkpoint="latest", output_kohya_format=True, log_level="info")
+    assert (output / trainer.KOHYA_FILE).exists() and "in all, none of them taken now" in capsys.readouterr().out
     assert all(torch.equal(before[name], tensor) for name, tensor in adapters(output).items())
 
 
