@@ -256,6 +256,35 @@ def test_schedule_free_warms_up_where_it_is_told_to():
     assert constant.param_groups[0]["warmup_steps"] == 0
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "prodigy", "schedule_free"])
+def test_adams_epsilon_reaches_it(name):
+    """The first step is lr * gradient / (|gradient| + epsilon), here a third of what it is without."""
+    rates = {"learning_rate": 1e-2, "adam_weight_decay": 0}
+    moved = []
+    for epsilon in (1e-8, 8.0):
+        optimizer, weight = quadratic(name, **rates, adam_epsilon=epsilon)
+        assert {group["eps"] for group in optimizer.param_groups} == {epsilon}
+        weight.square().sum().backward()  # its gradient is 4
+        optimizer.step()
+        moved.append(2 - weight.mean().item())
+    assert moved[1] == pytest.approx(moved[0] / 3, rel=1e-3), moved
+
+
+def test_the_text_encoders_have_a_weight_decay_of_their_own(train):
+    """Where there is no gradient, AdamW leaves 1 - lr * decay of a weight."""
+    flags = {"train_text_encoder": True, "text_encoder_lr": 1e-2, "adam_weight_decay_text_encoder": 0.5}
+    run = trainer.start(train.args(**flags, adam_weight_decay=0.25))
+    model = trainer.load_trainable(run)
+    before = {name: adapter.detach().clone() for name, adapter in model.adapters.items()}
+    optimizer = trainer.make_optimizer(run.args, model, 1)
+    for adapter in model.adapters.values():
+        adapter.grad = torch.zeros_like(adapter)
+    optimizer.step()
+    for name, adapter in model.adapters.items():
+        decay = 0.5 if name.startswith("text_encoders.") else 0.25
+        torch.testing.assert_close(adapter, before[name] * (1 - 1e-2 * decay), rtol=1e-6, atol=0)
+
+
 def test_lion_has_its_own_decay_unless_told_otherwise():
     """arXiv:2302.06675: 0.9 and 0.99; Adam's 0.999 would remember ten times as long."""
     assert quadratic("lion8bit")[0].param_groups[0]["betas"] == (0.9, 0.99)

@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT
+from conftest import ROOT, SCRIPT, reset_accelerate
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -86,7 +88,7 @@ def test_random_crops_are_found_by_another_run_and_beside_another_picture(train,
     assert set(encoded) == {"0-first.png"}
 
 
-def test_trap_13_another_vae_or_precision_makes_a_cache_of_its_own(train, tiny, tmp_path, encoded):
+def test_trap_13_another_vae_encodes_the_pictures_anew(train, tiny, tmp_path, encoded):
     flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True}
     train(**flags)
     vae = trainer.load_part(trainer.Source(str(tiny)), "vae", torch.float32, torch.device("cpu"))
@@ -95,6 +97,34 @@ def test_trap_13_another_vae_or_precision_makes_a_cache_of_its_own(train, tiny, 
     encoded.clear()
     train(**flags, pretrained_vae_model_name_or_path=tmp_path / "vae")
     assert len(encoded) == 5 and "prompt" not in encoded
+
+
+def test_trap_13_another_mixed_precision_encodes_all_anew(train, tmp_path, encoded):
+    """Pictures and prompts; both kinds stay in the folder."""
+    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True}
+    train(**flags)
+    everything = encoded.copy()
+    for precision, expected in (("bf16", everything), ("bf16", []), ("no", [])):
+        encoded.clear()
+        reset_accelerate()
+        train(**flags, mixed_precision=precision)
+        assert encoded == expected
+
+
+def test_trap_13_an_edited_mask_encodes_its_picture_anew(train, pictures, tmp_path, encoded):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in pictures.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(masks / path.name)
+    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True, "masked_loss": True, "mask_dir": masks}
+    train(**flags)
+    mask = Image.open(masks / "3.png")
+    mask.paste(0, (0, 0, mask.width // 2, mask.height))
+    for edit, expected in ((lambda: None, []), (lambda: mask.save(masks / "3.png"), ["3.png"])):
+        encoded.clear()
+        edit()
+        train(**flags)
+        assert encoded == expected
 
 
 def test_broken_and_foreign_files_are_replaced_and_said_once(train, tmp_path, encoded, capsys):
@@ -145,6 +175,40 @@ def test_a_cache_folder_that_cannot_be_written_is_refused_at_the_door(train, tmp
     (tmp_path / "file").touch()
     with pytest.raises(trainer.UserError, match="--cache_latents_dir"):
         train.args(cache_latents_dir=tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_trap_24_few_pictures_are_in_memory_while_a_hundred_are_encoded(train, tmp_path, monkeypatch, workers):
+    """Whole ones and their views: of the one that is encoded, and of those that the threads are ahead."""
+    folder, known, alive = tmp_path / "pictures", [], []
+    folder.mkdir()
+    for i in range(100):
+        noise = np.random.default_rng(i).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    load_picture, views_of = trainer.load_picture, trainer.views_of
+
+    def noted_picture(path):
+        picture = load_picture(path)
+        known.append(weakref.ref(picture))
+        return picture
+
+    def noted_views(*rest):
+        size, views = views_of(*rest)
+        known.extend(weakref.ref(array) for view in views.values() for array in view)
+        return size, views
+
+    def counted(vae, pixels, name):
+        alive.append(sum(reference() is not None for reference in known))
+        return torch.zeros(2, 4, 8, 8)
+
+    flags = {"instance_data_dir": folder, "center_crop": True, "dataloader_num_workers": workers}
+    run = trainer.start(train.args(**flags))
+    samples = trainer.instance_samples(run.args)
+    for name, replaced in (("load_picture", noted_picture), ("views_of", noted_views), ("encode_image", counted)):
+        monkeypatch.setattr(trainer, name, replaced)
+    trainer.encode_views(run, samples, [(i, (16, 16)) for i in range(100)])
+    assert len(alive) == 100 and len(known) == 300
+    assert 2 <= max(alive) <= 2 * (1 + 2 * workers)  # pixels and mask
 
 
 GROWTH = """

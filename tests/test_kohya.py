@@ -40,6 +40,16 @@ def test_every_module_of_sdxl_has_a_name_of_its_own(tmp_path):
     assert trainer.kohya_name(encoder, 2) == "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"
 
 
+def weights_of(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
+    """Of all that can be adapted; transformers 5 dropped the first encoder's `text_model.`, files have it in both."""
+    weights = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for name, tensor in getattr(pipeline, part).state_dict().items():
+            is_bare = part == "text_encoder" and not name.startswith("text_model.")
+            weights[f"{part}.{'text_model.' * is_bare}{name}"] = tensor
+    return weights
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_traps_15_16_the_kohya_file_is_the_same_lora(train, tiny, dtype):
     """With text encoders and an alpha of its own, through diffusers' loader of such files."""
@@ -73,13 +83,16 @@ def test_traps_15_16_the_kohya_file_is_the_same_lora(train, tiny, dtype):
     deltas = []
     for name in (trainer.LORA_FILE, trainer.KOHYA_FILE):
         pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
-        before = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
+        before = {key: value.clone() for key, value in weights_of(pipeline).items()}
         pipeline.load_lora_weights(output, weight_name=name)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-        deltas.append({key: value - before[key] for key, value in pipeline.unet.state_dict().items()})
+        deltas.append({key: value - before[key] for key, value in weights_of(pipeline).items()})
     moved = [key for key in deltas[0] if deltas[0][key].abs().max() > 0]
-    assert len(moved) == len([stem for stem in stems if "_unet_" in stem])
+    assert len(moved) == len(stems)
+    for part, prefix in (("text_encoder.", "lora_te1_"), ("text_encoder_2.", "lora_te2_")):
+        paths = {key.removeprefix(part).removesuffix(".weight") for key in moved if key.startswith(part)}
+        assert {prefix + path.replace(".", "_") for path in paths} == {stem for stem in stems if prefix in stem}
     for key in moved:
         torch.testing.assert_close(deltas[0][key], deltas[1][key], rtol=1e-4, atol=1e-7)
 

@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 import train_dreambooth_lora_sdxl as trainer
@@ -74,7 +75,12 @@ def test_trap_4_adapters_are_float32_and_the_rest_is_frozen_in_the_base_precisio
 
 def test_trap_5_precision_comes_from_accelerate_when_the_flag_is_absent(run, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert run().dtype == torch.bfloat16
+    started = run()
+    assert started.dtype == torch.bfloat16
+    model = load_trainable(started)
+    assert model.adapters and {adapter.dtype for adapter in model.adapters.values()} == {torch.float32}
+    rest = {parameter.dtype for name, parameter in model.named_parameters() if name not in model.adapters}
+    assert rest == {torch.bfloat16}
 
 
 def test_trap_11_no_adapter_on_a_layer_that_sdxl_never_reads(run):
@@ -123,13 +129,20 @@ def test_full_size_counts(run):
     assert len(hit) == 11 * 4 and not any("layers.11." in name for name in hit)
 
 
-def test_moments_are_the_vaes_own(tiny):
+PLAYGROUND = {"latents_mean": [-1.6574, 1.886, -1.383, 2.5155], "latents_std": [8.4927, 5.9022, 6.5498, 5.2299]}
+
+
+@pytest.mark.parametrize("config", [{}, PLAYGROUND], ids=["SDXL", "Playground"])
+def test_moments_are_the_vaes_own(tiny, config):
     vae = load_part(Source(str(tiny)), "vae", torch.float32, torch.device("cpu"))
+    vae.register_to_config(**config)
     pixels = torch.rand(3, 16, 16) * 2 - 1
     mean, std = encode_image(vae, pixels, "x")
     posterior = vae.encode(pixels[None]).latent_dist
-    torch.testing.assert_close(mean, posterior.mean[0] * vae.config.scaling_factor)
-    torch.testing.assert_close(std, posterior.std[0] * vae.config.scaling_factor)
+    latents_mean = torch.tensor(config.get("latents_mean", [0.0] * 4)).view(4, 1, 1)
+    latents_std = torch.tensor(config.get("latents_std", [1.0] * 4)).view(4, 1, 1)
+    torch.testing.assert_close(mean, (posterior.mean[0] - latents_mean) * vae.config.scaling_factor / latents_std)
+    torch.testing.assert_close(std, posterior.std[0] * vae.config.scaling_factor / latents_std)
 
 
 class OverflowingVAE(torch.nn.Module):
@@ -172,6 +185,27 @@ def test_trap_26_force_upcast_is_obeyed(tiny, tmp_path):
     source = Source(str(tmp_path), is_pipeline=False)
     assert load_vae(source, torch.float16, torch.device("cpu")).dtype == torch.float32
     assert load_vae(Source(str(tiny)), torch.float16, torch.device("cpu")).dtype == torch.float16
+
+
+def test_trap_26_force_upcast_is_obeyed_where_pictures_are_drawn(run, tiny, tmp_path):
+    """A decoder that overflows in float16, as SDXL's own does, and the pipeline's picture of the same latents."""
+    vae = AutoencoderKL.from_pretrained(tiny, subfolder="vae")
+    vae.decoder.conv_in.weight.data *= 3e5
+    vae.register_to_config(force_upcast=True)
+    vae.half().save_pretrained(tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny, vae=vae)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"num_inference_steps": 2, "height": 16, "width": 16}
+    latents, expected = (
+        pipeline("a dog", **size, generator=torch.Generator().manual_seed(1), output_type=kind).images
+        for kind in ("latent", "pil")
+    )
+    assert vae.dtype == torch.float16
+    assert not vae.decode(latents.half() / vae.config.scaling_factor).sample.isfinite().all()
+    started, source = run(), Source(str(tmp_path), is_pipeline=False)
+    ours = load_part(source, "vae", torch.float16, torch.device("cpu"))
+    (drawn,) = trainer.decode_latents(started, load_trainable(started).unet, ours, [latents])
+    assert ours.dtype == torch.float32 and drawn.tobytes() == expected[0].tobytes()
 
 
 def test_an_own_vae_ignores_the_revision_of_the_base(run, tiny):
@@ -224,6 +258,42 @@ def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
     assert len(samples) == 10 and set(seen[0]) != set(seen[5])  # a repeat has views of its own
 
 
+def test_trap_1_rows_of_the_class_keep_their_prompts_weights_and_pictures(train, tmp_path):
+    """Two rows of the subject beside two of its class: all of a batch is of the samples that the order names."""
+    from train_dreambooth_lora_sdxl import Order, build_cache, class_samples, instance_samples
+
+    for folder, count in (("subject", 5), ("class", 3)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            noise = np.random.default_rng([count, i]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / folder / f"{i}.png")
+            (tmp_path / folder / f"{i}.txt").write_text(f"a photo of {i}")
+    flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a dog"}
+    flags |= {"instance_data_dir": tmp_path / "subject", "prior_loss_weight": 0.7, "caption_dropout": 0.5}
+    started = start(train.args(**flags))
+    subject = instance_samples(started.args)
+    samples = subject + class_samples(started.args, subject)
+    table = build_text(started, [sample.prompt for sample in samples], False, torch.float32)
+    cache = build_cache(started, samples, [(16, 16)] * 5, table)
+    vae = load_part(started.vae, "vae", torch.float32, torch.device("cpu"))
+    means = [encode_image(vae, trainer.to_pixels(np.array(Image.open(sample.path))), "x")[0] for sample in samples]
+    prompts = [f"a photo of {i}" for i in range(5)] + ["a dog"] * 3
+    order, emptied, seen = Order([range(5)], range(5, 8), 2, seed=0), 0, set()
+    for n in range(100):
+        rows, batch = [row for row, _ in order.rows(n)], cache.batch(table, order, n)
+        assert batch.instance_rows == 2 and max(rows[:2]) < 5 <= min(rows[2:])
+        torch.testing.assert_close(batch.weight, torch.tensor([1.0, 1.0, 0.7, 0.7]))
+        assert batch.names == tuple(f'{samples[row].path} ("{prompts[row]}")' for row in rows)
+        torch.testing.assert_close(batch.mean, torch.stack([means[row] for row in rows]))
+        for i, row in enumerate(rows):
+            is_empty = torch.equal(batch.text[0][i], table.of("")[0][0])
+            embeds, pooled = table.of("" if is_empty and i < 2 else prompts[row])
+            assert torch.equal(batch.text[0][i], embeds[0]) and torch.equal(batch.text[1][i], pooled[0])
+            emptied += is_empty
+        seen.update(rows)
+    assert 80 < emptied < 120 and seen == set(range(8))
+
+
 def alive(kind) -> int:
     gc.collect()
     return sum(isinstance(thing, kind) for thing in gc.get_objects())
@@ -250,10 +320,11 @@ def test_traps_18_20_21_what_a_phase_loaded_is_gone_after_it(train, monkeypatch)
     assert loaded == ["tokenizer", *texts, "vae", "unet", "vae", "vae"]
 
 
-def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
+@pytest.mark.parametrize("mode", [None, "nearest", "bicubic"])
+def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, mode):
     from train_dreambooth_lora_sdxl import build_cache, instance_samples, load_picture, resized
 
-    started = start(train.args(center_crop=True, dataloader_num_workers=2))
+    started = start(train.args(center_crop=True, dataloader_num_workers=2, image_interpolation_mode=mode))
     samples = instance_samples(started.args)
     table = build_text(started, ["a photo of sks dog"], False, torch.float32)
     cache = build_cache(started, samples, [(16, 16)] * 5, table)
@@ -262,7 +333,8 @@ def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
         picture = load_picture(sample.path)
         width, height = resized(picture.size, (16, 16))
         left, top = (width - 16) // 2, (height - 16) // 2
-        cut = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
+        filtered = picture.resize((width, height), Image.Resampling[(mode or "lanczos").upper()])
+        cut = filtered.crop((left, top, left + 16, top + 16))
         pixels = torch.tensor(list(cut.get_flattened_data())).view(16, 16, 3).permute(2, 0, 1) / 127.5 - 1
         assert len(views) == 1
         torch.testing.assert_close(cache.moments(views)[0][0], encode_image(vae, pixels, "x")[0], rtol=1e-4, atol=1e-4)
@@ -271,6 +343,29 @@ def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, tiny):
 def test_trap_25_embeddings_need_no_gradients(run):
     table = build_text(run(), ["a dog"], trained=False, dtype=torch.float32)
     assert not any(rows.requires_grad for rows in table.of("a dog"))
+
+
+KINDS = {"LoRA": {}, "text encoders": {"train_text_encoder": True}, "DoRA": {"use_dora": True, "lora_dropout": 0.5}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_adapters_it_is_the_base_model(run, tiny, kind):
+    """Bit for bit what diffusers' own parts predict, whatever the adapters have learnt."""
+    prompt, started = "a photo of sks dog", run(**KINDS[kind])
+    model = load_trainable(started)
+    table = build_text(started, [prompt], "train_text_encoder" in KINDS[kind], torch.float32)
+    with torch.no_grad():
+        for name, adapter in model.adapters.items():
+            adapter.add_(torch.randn_like(adapter) if "lora_B" in name else 0)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    noisy, timesteps, ids = torch.randn(1, 4, 8, 8), torch.tensor([300]), torch.tensor([[32.0, 24, 0, 3, 16, 16]])
+    with torch.no_grad():
+        added = {"text_embeds": pooled, "time_ids": ids}
+        plain = pipeline.unet(noisy, timesteps, embeds, added_cond_kwargs=added).sample
+        with model.without_adapters():
+            assert torch.equal(model(noisy, timesteps, table.of(prompt), ids), plain)
+        assert (model(noisy, timesteps, table.of(prompt), ids) - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])

@@ -39,14 +39,21 @@ def snr_of(scheduler) -> torch.Tensor:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_columns_are_the_schedulers(prediction_type, rescale):
+    """In float64; the ends apart, where little noise and little signal would be lost among the others."""
     scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=rescale, **SDXL)
     a, b, c, d, _, t_cond, _ = make_table(scheduler)
-    x, noise, t = torch.randn(1000, 4, 2, 2), torch.randn(1000, 4, 2, 2), torch.arange(1000)
-    mixed = (a[WIDE] * x + b[WIDE] * noise).float()
-    torch.testing.assert_close(mixed, scheduler.add_noise(x, noise, t), rtol=1e-4, atol=1e-4)
+    x, noise = torch.randn(2, 1000, 4, 2, 2, dtype=torch.float64)
+    t, exact = torch.arange(1000), {"rtol": 1e-12, "atol": 1e-15}
+    torch.testing.assert_close(a[WIDE] * x + b[WIDE] * noise, scheduler.add_noise(x, noise, t), **exact)
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x, noise, t)
-    torch.testing.assert_close((c[WIDE] * x + d[WIDE] * noise).float(), target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(c[WIDE] * x + d[WIDE] * noise, target, **exact)
     assert (t_cond == t).all()
+    assert float(b[0]) == pytest.approx(0.00085**0.5, rel=1e-4)  # beta_start is all the noise that there is
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert float(a[999]) == pytest.approx(0 if rescale else float((1 - betas).prod().sqrt()), rel=1e-4)
+    if rescale:
+        assert torch.equal(a[999] * x[999] + b[999] * noise[999], noise[999])
+        assert prediction_type == "epsilon" or torch.equal(c[999] * x[999] + d[999] * noise[999], -x[999])
 
 
 @pytest.mark.parametrize("kind", [EDMDPMSolverMultistepScheduler, EDMEulerScheduler])
@@ -259,6 +266,52 @@ def test_everything_together_written_out(kind, loss_type):
     torch.testing.assert_close(loss.total, each[0] + 0.4 * each[1])
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("weighting", [{"snr_gamma": 5.0}, {"loss_weighting": "debiased"}], ids=str)
+def test_weighted_timesteps_beside_masks_and_class_rows_written_out(kind, weighting):
+    """Mean over the subject's rows + 0.4 * mean over the class's, each the mean over places times mask and weight."""
+    scheduler = DDPMScheduler(prediction_type=kind, **SDXL)
+    objective = make_objective(scheduler, **weighting)
+    mask = torch.rand(4, 1, 2, 2)
+    rows = batch(4, 2, [1.0, 1.0, 0.4, 0.4])._replace(mask=mask)
+    told = []
+    torch.manual_seed(11)
+    loss = diffusion_loss(lambda x, t, text, ids: told.append((x, t)) or 0.3 * x, objective, rows)
+    torch.manual_seed(11)
+    torch.randn_like(rows.mean)
+    noise = torch.randn_like(rows.mean)
+    x, t = told[0]
+    torch.testing.assert_close(x, scheduler.add_noise(rows.mean, noise, t))
+    target = noise if kind == "epsilon" else scheduler.get_velocity(rows.mean, noise, t)
+    snr = snr_of(scheduler)[t].float()
+    of_epsilon = snr.clamp(max=5) / snr if "snr_gamma" in weighting else 1 / snr.sqrt()
+    weight = of_epsilon if kind == "epsilon" else of_epsilon * snr / (snr + 1)
+    each = [(mask[i] * (0.3 * x[i] - target[i]) ** 2).mean() * weight[i] for i in range(4)]
+    torch.testing.assert_close(loss.total, (each[0] + each[1]) / 2 + 0.4 * (each[2] + each[3]) / 2)
+
+
+DELTAS = {  # arXiv:2403.16728, with --huber_c 0.3
+    "constant": lambda t, sigma: torch.full_like(sigma, 0.3),
+    "exponential": lambda t, sigma: 0.3 ** (t / 1000),
+    "snr": lambda t, sigma: 0.7 / (1 + sigma) ** 2 + 0.3,
+}
+
+
+@pytest.mark.parametrize("schedule", DELTAS)
+def test_the_huber_loss_turns_linear_where_its_flags_say(schedule):
+    scheduler = DDPMScheduler(**SDXL)
+    objective = make_objective(scheduler, loss_type="huber", huber_schedule=schedule, huber_c=0.3)
+    rows, told = batch(8, 8, [1.0] * 8), []
+    torch.manual_seed(13)
+    loss = diffusion_loss(lambda x, t, text, ids: told.append(t) or torch.zeros_like(x), objective, rows)
+    torch.manual_seed(13)
+    torch.randn_like(rows.mean)
+    noise = torch.randn_like(rows.mean)
+    sigma = 1 / snr_of(scheduler)[told[0]].sqrt()
+    delta = DELTAS[schedule](told[0], sigma).view(-1, 1, 1, 1).float()
+    torch.testing.assert_close(loss.rows, (2 * delta * ((noise**2 + delta**2).sqrt() - delta)).mean(dim=(1, 2, 3)))
+
+
 class TwoModels(torch.nn.Module):
     """A model whose adapters add a number."""
 
@@ -365,7 +418,7 @@ def test_another_prediction_draws_with_it_and_the_card_says_so(train, tiny):
 @pytest.mark.parametrize("encoders", [False, True])
 @pytest.mark.parametrize("kind", ["base_model", "dco"])
 def test_the_class_is_preserved_without_pictures(train, tmp_path, kind, encoders):
-    """No picture is drawn, resuming is exact, and it pulls: with a heavy weight the adapters move less."""
+    """No picture is drawn, and resuming is exact."""
     flags = {"prior_preservation": kind, "train_text_encoder": encoders, "text_encoder_lr": 1e-3}
     flags |= {"learning_rate": 1e-3, "max_train_steps": 4, "checkpointing_steps": 2, "aspect_ratio_buckets": "auto"}
     flags |= {"class_prompt": "a photo of a dog"} if kind == "base_model" else {}
@@ -374,6 +427,18 @@ def test_the_class_is_preserved_without_pictures(train, tmp_path, kind, encoders
     resumed = load_file(train(**flags, output_dir=tmp_path / "b", resume_from_checkpoint="latest") / trainer.LORA_FILE)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list((tmp_path / "a").rglob("generated-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "weights"), [("base_model", "prior_loss_weight", (0, 100)), ("dco", "dco_beta", (1e-3, 1e5))]
+)
+def test_with_a_heavy_weight_the_class_moves_less(train, tmp_path, kind, flag, weights):
+    """At least three times less, by what the monitor tells of the last step."""
+    flags = {"prior_preservation": kind, "class_prompt": "a photo of a dog", "cache_latents_dir": tmp_path / "cache"}
+    flags |= {"max_train_steps": 10, "monitor_steps": 10}
+    outputs = [train(**flags, **{flag: weight}, output_dir=tmp_path / str(weight)) for weight in weights]
+    light, heavy = (trainer.read_history(output)[-1]["monitor/drift"] for output in outputs)
+    assert 0 < heavy < light / 3
 
 
 def test_losses_are_told_by_range_of_timesteps(train):

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,7 +230,6 @@ def test_several_prompts_with_a_negative_one_as_a_user_draws_them(train, tiny, t
 
 def test_validation_without_zeros_for_the_empty_prompt(train, tiny, tmp_path):
     import json
-    import shutil
 
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
@@ -284,6 +284,26 @@ def test_class_pictures_are_seeded_by_number_and_a_stopped_drawing_goes_on(train
         assert max(abs(x - y) for x, y in zip(image.tobytes(), before, strict=True)) <= 2
 
 
+def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypatch):
+    """UNet, text and VAE, beside a run in float32."""
+    dtypes, draw, decode_latents = [], trainer.draw, trainer.decode_latents
+
+    def noted_draw(run, model, table, prompt, *rest):
+        dtypes.extend([model.unet.dtype, table.of(prompt)[0].dtype])
+        return draw(run, model, table, prompt, *rest)
+
+    def noted_decode(run, unet, vae, latents):
+        dtypes.append(vae.dtype)
+        return decode_latents(run, unet, vae, latents)
+
+    monkeypatch.setattr(trainer, "draw", noted_draw)
+    monkeypatch.setattr(trainer, "decode_latents", noted_decode)
+    flags = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 1}
+    run = trainer.start(train.args(**flags, class_data_dir=tmp_path, prior_generation_precision="bf16"))
+    trainer.make_class_images(run)
+    assert run.dtype == torch.float32 and dtypes == [torch.bfloat16] * 3
+
+
 def test_trap_7_ranks_draw_different_class_pictures():
     paths = trainer.missing_class_images
     import tempfile
@@ -318,6 +338,36 @@ def test_another_vae_is_used(train, tiny, tmp_path):
         for name, flags in (("a", {}), ("b", {"pretrained_vae_model_name_or_path": tmp_path / "vae"}))
     )
     assert not all(torch.equal(x, y) for x, y in zip(adapters(plain).values(), adapters(other).values(), strict=True))
+
+
+def test_downloads_are_looked_for_in_the_cache_folder(train, tiny, tmp_path):
+    """Laid out as the Hub's client leaves them, while the Hub is out of reach."""
+    for name, folder in (("tiny", tiny), ("vae", tiny / "vae")):
+        repository = tmp_path / "downloads" / f"models--me--{name}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    flags = {"pretrained_model_name_or_path": "me/tiny", "pretrained_vae_model_name_or_path": "me/vae"}
+    output = train(**flags, cache_dir=tmp_path / "downloads")
+    assert_equal(adapters(output), adapters(train(output_dir=tmp_path / "local")))
+    with pytest.raises(trainer.UserError, match="me/tiny or its VAE cannot be loaded"):
+        train(**flags)
+
+
+def test_tf32_is_allowed_where_that_is_asked_for(train):
+    matmul = torch.backends.cuda.matmul
+    trainer.start(train.args())
+    assert not matmul.allow_tf32
+    trainer.start(train.args(allow_tf32=True))
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
+    assert allowed
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_the_tracker_writes_where_it_is_told_to(train, tmp_path, is_absolute):
+    output = train(report_to="tensorboard", logging_dir=tmp_path / "curves" if is_absolute else "curves")
+    assert list((tmp_path if is_absolute else output).glob("curves/*/events.out.tfevents.*"))
+    assert not (output / "logs").exists()
 
 
 def test_dataloader_workers_change_nothing(train, tmp_path):
@@ -419,7 +469,7 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(train, capsys):
     output = train(**flags, max_train_steps=6, validation_steps=2)
     capsys.readouterr()
     train(**flags, max_train_steps=4, validation_steps=4, checkpoints_total_limit=1, seed=2)
-    told = f"Earlier   checkpoints and pictures of another run, beyond step 0, are now in {output}/earlier-1"
+    told = f"Earlier   what another run left beyond step 0 is now in {output}/earlier-1"
     assert told in capsys.readouterr().out
     assert [folder.name for folder in trainer.list_checkpoints(output)] == ["checkpoint-4"]
     assert [folder.name for folder in trainer.list_checkpoints(output / "earlier-1")] == [
@@ -454,8 +504,6 @@ def test_a_refused_resume_leaves_the_run_as_it_was(train):
 
 
 def test_another_vae_is_refused_on_resume(train, tiny, tmp_path):
-    import shutil
-
     train(checkpointing_steps=2)
     shutil.copytree(tiny / "vae", tmp_path / "other-vae")
     with pytest.raises(trainer.UserError, match="the VAE was model and is now other-vae"):
@@ -470,8 +518,6 @@ def test_a_launchers_accumulation_divides_nothing_again(train, monkeypatch):
 
 
 def test_one_pass_and_a_prompt_that_no_caption_has_are_warned_about(train, pictures, tmp_path, capsys):
-    import shutil
-
     captioned = tmp_path / "captioned"
     shutil.copytree(pictures, captioned)
     for path in captioned.glob("*.png"):
