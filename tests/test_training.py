@@ -304,19 +304,6 @@ def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypat
     assert run.dtype == torch.float32 and dtypes == [torch.bfloat16] * 3
 
 
-def test_trap_7_ranks_draw_different_class_pictures():
-    paths = trainer.missing_class_images
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        missing = paths(Path(folder), 7)
-        shares = [missing[rank::3] for rank in range(3)]
-        assert (
-            sorted(sum(shares, [])) == missing
-            and len({trainer.position_seed(0, "class picture", i) for i, _ in missing}) == 7
-        )
-
-
 def test_scale_lr_leaves_the_arguments_alone(train):
     args = train.args(scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3, train_text_encoder=True)
     before = dict(vars(args))
