@@ -208,9 +208,14 @@ def test_trap_26_force_upcast_is_obeyed_where_pictures_are_drawn(run, tiny, tmp_
     assert ours.dtype == torch.float32 and drawn.tobytes() == expected[0].tobytes()
 
 
-def test_an_own_vae_ignores_the_revision_of_the_base(run, tiny):
-    other = str(tiny / "vae")
-    started = run(pretrained_vae_model_name_or_path=other, revision="refs/pr/1", variant="fp16")
+def test_an_own_vae_ignores_revision_and_variant_of_the_base(run, tiny, tmp_path):
+    base, other = tmp_path / "base", str(tiny / "vae")
+    shutil.copytree(tiny, base)
+    for path in [*base.glob("*/model.safetensors"), *base.glob("*/diffusion_pytorch_model.safetensors")]:
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    flags = {"pretrained_model_name_or_path": base, "revision": "refs/pr/1", "variant": "fp16"}
+    started = run(**flags, pretrained_vae_model_name_or_path=other)
+    assert (started.base.revision, started.base.variant) == ("refs/pr/1", "fp16")
     assert started.vae == Source(other, None, None, None, False)
 
 
