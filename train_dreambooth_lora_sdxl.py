@@ -3533,9 +3533,12 @@ def due(step: int, every: int, last: int | None = None) -> bool:
 
 
 def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> tqdm:
-    """A bar on a terminal, a line twice a minute elsewhere, nothing on other ranks or below --log_level info."""
+    """A bar on a terminal, a line twice a minute elsewhere; nothing on other ranks, below --log_level info, or where
+    nothing is to be done.
+    """
+    idle = initial >= total or not logger.isEnabledFor(logging.INFO)
     return tqdm(total=total, desc=label, initial=initial, delay=delay, mininterval=0.5 if sys.stderr.isatty() else 30,
-                dynamic_ncols=True, disable=not logger.isEnabledFor(logging.INFO))
+                dynamic_ncols=True, disable=idle)
 
 
 class Progress:
