@@ -2606,7 +2606,7 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
 
 
 def view_count(args: argparse.Namespace, is_class: bool, buckets: int) -> int:
-    """The views that are drawn of a sample in a bucket: of a picture there are --cache_variants in all, shared among
+    """How many views of a sample are drawn for a bucket: of a picture there are --cache_variants in all, shared among
     its repeats or, if it is of the class, the buckets in which it is seen.
     """
     if args.center_crop and not args.random_flip:

@@ -50,7 +50,7 @@ EVERYTHING = [
     "--random_flip",
     "--caption_dropout=0.1",
     "--masked_loss",
-    f"--mask_dir={TOY / 'subjects' / 'sks_dog'}",
+    f"--mask_dir={TOY / 'subjects' / 'sks_mug'}",  # any grey pictures of the same names
     "--use_ema",
 ]
 
