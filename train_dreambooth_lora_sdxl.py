@@ -4101,7 +4101,8 @@ def command_of(args: argparse.Namespace, seed: int) -> str:
         elif isinstance(value, bool) and value != parser.get_default(key):
             words.append(f"--{'' if value else 'no-'}{key}")
         elif value != parser.get_default(key):
-            public = Path(value).name if os.path.isabs(str(value)) else str(value)  # no paths of this machine
+            is_private = os.path.isabs(str(value)) and not key.endswith("_prompt")  # a path of this machine
+            public = Path(value).name if is_private else str(value)
             words.append(f"--{key} {shlex.quote(public)}")
     return " \\\n    ".join(words)
 

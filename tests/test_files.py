@@ -98,6 +98,11 @@ def test_only_pictures_of_this_runs_prompts_are_shown(train, pictures):
     assert "step-000003" not in (output / "README.md").read_text()
 
 
+def test_the_cards_command_has_no_path_of_this_machine_and_whole_prompts(train, pictures):
+    command = trainer.command_of(train.args(instance_prompt="/ sks dog"), 1)
+    assert f"--instance_data_dir {pictures.name} " in command and "--instance_prompt '/ sks dog'" in command
+
+
 def test_the_license_of_the_base_is_the_cards(train, tiny, tmp_path):
     import shutil
 
