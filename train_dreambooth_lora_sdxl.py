@@ -82,7 +82,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -1227,7 +1227,7 @@ def fingerprint(path: Path) -> tuple[int, float]:
     neighbouring pixels differ, which is little in a blurry one (grey levels at 256 pixels).
     """
     grey = load_picture(path).convert("L")
-    small = list(grey.resize((9, 8), Image.Resampling.BOX).get_flattened_data())
+    small = grey.resize((9, 8), Image.Resampling.BOX).tobytes()
     bits = sum((small[i] > small[i + 1]) << n for n, i in enumerate(i for i in range(72) if i % 9 < 8))
     edges = grey.resize((256, 256)).filter(ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), 1, 128))
     return bits, ImageStat.Stat(edges).stddev[0]
@@ -1448,6 +1448,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast,
     broadcast_object_list,
+    compare_versions,
     gather_object,
 )
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -1530,6 +1531,7 @@ PART_CLASSES = {
     "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
 }
+DIFFUSERS_DTYPE = "torch_dtype" if compare_versions("diffusers", "<", "0.40") else "dtype"
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -1595,17 +1597,23 @@ def reading(source: Source, part: str) -> Iterator[None]:
 
 
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
-    """Load one part of a pipeline in its final dtype, frozen, on its device. Raises UserError naming the model."""
+    """Load a tokenizer, or a frozen model in its final dtype on its device. Raises UserError naming the base model,
+    also where weights are missing, which libraries fill with random numbers.
+    """
     keywords = source.keywords(part)
     if dtype is not None:
-        keywords |= {"variant": source.variant, "dtype": dtype,
+        keywords |= {"variant": source.variant, "dtype" if part in TEXT_ENCODERS else DIFFUSERS_DTYPE: dtype,
                      "use_safetensors": None if source.allow_pickle else True}
     with reading(source, part):
-        loaded = PART_CLASSES[part].from_pretrained(source.name, **keywords)
-        if part in TOKENIZERS and loaded.model_max_length > 10**6:  # what is made of a folder without files
-            raise ValueError("it has no vocabulary")
-    if dtype is None:
-        return loaded
+        if part in TOKENIZERS:
+            tokenizer = PART_CLASSES[part].from_pretrained(source.name, **keywords)
+            if tokenizer.model_max_length > 10**6:  # what is made of a folder without files
+                raise ValueError("it has no vocabulary")
+            return tokenizer
+        loaded, info = PART_CLASSES[part].from_pretrained(source.name, output_loading_info=True, **keywords)
+        if info["missing_keys"]:  # transformers 4 reads no first text encoder that transformers 5 saved, and goes on
+            raise ValueError(f"{len(info['missing_keys'])} of its weights are missing, {min(info['missing_keys'])} "
+                             "first; was it saved by a newer version of transformers or diffusers?")
     return (make_lean(loaded) if part == "vae" else loaded).requires_grad_(False).eval().to(device)
 
 
@@ -1879,7 +1887,7 @@ class TrainableSDXL(nn.Module):
 
     def scales(self) -> dict[str, float]:
         """What each adapted module's B A is multiplied with, by component and module."""
-        return {f"{component}.{name}": layer.scaling["default"] for component, part in self.adapted().items()
+        return {scale_name(f"{component}.{name}"): layer.scaling["default"] for component, part in self.adapted().items()
                 for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
 
     def adapted(self) -> dict[str, nn.Module]:
@@ -3978,7 +3986,7 @@ def kohya_tensors(tensors: dict[str, Tensor], scales: dict[str, float], layers: 
 
 
 def scale_name(module: str) -> str:
-    """A module of the file as the live model calls it: the first encoder there has no `text_model`."""
+    """Name a module of the file or of the model alike: only transformers 4 has `text_model` in the first encoder."""
     return module.replace("text_encoder.text_model.", "text_encoder.", 1)
 
 
@@ -4022,7 +4030,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
         "sai_model_spec": "1.0.1", "architecture": "stable-diffusion-xl-v1-base/lora", "title": title,
         "implementation": "https://github.com/Stability-AI/generative-models", "trigger_phrase": trigger,
         "resolution": f"{args.resolution}x{args.resolution}", "hash_sha256": f"0x{digest}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "prediction_type": "v" if run.scheduler.config.prediction_type == "v_prediction" else "epsilon",
         "thumbnail": thumbnail(step) if step else None}
     return {"sshs_model_hash": digest, **{f"ss_{key}": str(value) for key, value in settings.items()},

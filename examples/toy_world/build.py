@@ -13,6 +13,7 @@ import os
 import time
 from multiprocessing import Pool
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
 from scene import CLASSES, COLOURS, PLACES, Scene, caption, draw, random_scene, sheet, write_subjects
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -95,10 +97,19 @@ def words_as_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     )
 
 
+def write_vocabulary(folder: Path) -> None:
+    """Write vocab.json and merges.txt, the two files that every version of transformers reads."""
+    vocabulary, merges = words_as_bpe()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def make_tokenizer(pad_token: str) -> CLIPTokenizer:
     """A CLIP tokenizer over words_as_bpe."""
-    vocabulary, merges = words_as_bpe()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_LENGTH)
+    with TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder))
+        tokenizer = CLIPTokenizer.from_pretrained(folder, pad_token=pad_token, model_max_length=MAX_LENGTH)
     for word in (*CLASSES, *COLOURS, *RARE_WORDS, *" ".join(PLACES).split(), "photo"):
         if len(tokenizer(word).input_ids) != 3:
             raise ValueError(f"'{word}' is not one token: {tokenizer.tokenize(word)}; another word's merges break it")
@@ -412,6 +423,11 @@ def save_in_half(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     for part in ("vae", "text_encoder", "text_encoder_2", "unet"):
         getattr(pipeline, part).half()
     pipeline.save_pretrained(folder)
+    for part in ("tokenizer", "tokenizer_2"):
+        write_vocabulary(folder / part)  # beside tokenizer.json, which transformers 5 writes alone
+    encoder = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(encoder)  # transformers 5 drops the prefix that its older versions expect, and reads both
+    save_file({f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}, encoder, {"format": "pt"})
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(
         json.dumps({k: v for k, v in index.items() if k != "_name_or_path"}, indent=2) + "\n"
