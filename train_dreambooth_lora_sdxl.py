@@ -1,20 +1,19 @@
 #!/usr/bin/env python
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.14",
-#     "diffusers>=0.42.1",
-#     "transformers>=5.23.0,<5.24",
-#     "accelerate>=1.15.0",
-#     "peft>=0.21.2",
-#     "bitsandbytes>=0.50.2",
-#     "huggingface_hub>=2.4.0",
-#     "safetensors>=0.8.0",
-#     "filelock>=4.2",
-#     "tensorboard>=2.21.0",
-#     "wandb>=0.31.0",
-#     "pillow>=12.3",
-#     "numpy>=2.4",
+#     "torch>=2.8",
+#     "diffusers>=0.36",
+#     "transformers>=4.57.1",
+#     "accelerate>=1.8",
+#     "peft>=0.18",
+#     "bitsandbytes>=0.50",
+#     "huggingface_hub>=0.36",
+#     "safetensors>=0.4.5",
+#     "tensorboard>=2.18",
+#     "wandb>=0.19",
+#     "pillow>=10.1",
+#     "numpy>=2.0",
 #     "pyyaml>=6.0",
 #     "tqdm>=4.67",
 # ]
@@ -59,6 +58,7 @@ import functools
 import hashlib
 import html
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -70,32 +70,50 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import statistics
 import string
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, ImageStat, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps, ImageStat, PngImagePlugin
+
+if os.name == "posix":
+    import fcntl
+else:
+    import msvcrt
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 EMBEDDINGS_FILE = "embeddings.safetensors"
 CONFIG_FILE = "training_config.yaml"
 HISTORY_FILE = "history.jsonl"
+MANIFEST_FILE = ".train_dreambooth_lora_sdxl.json"
+STATE_FILE = "state.pt"
+OUTPUT_NAMES = {  # what a run writes into its folder, each with the file whose mention in the manifest vouches for it
+    **{name: name for name in (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, CONFIG_FILE, "README.md", "report.html",
+                               "progress.png")},
+    HISTORY_FILE: CONFIG_FILE, "validation/step-000000": "progress.png", "card_samples": "README.md"}
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
+PATH_FLAGS = ("config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config",
+              "cache_dir", "instance_data_dir", "dataset_name", "class_data_dir", "mask_dir", "cache_latents_dir",
+              "validation_prompts", "output_dir", "logging_dir", "resume_from_checkpoint", "init_lora")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")  # those that exist here
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+CAPTION_SUFFIXES = (".caption", ".txt")  # the last one wins
 RESIDENT_BYTES = 128 * 2**20  # a cache of latents up to this size lives on the device, a larger one on the disk
 AUTO = "auto"
 PLANNED_LOOKS = 1000  # at pictures, in a run whose length is --steps_per_image auto: benchmarks/crafts.py
@@ -175,6 +193,41 @@ def leave(signum: int, frame: object) -> NoReturn:
     os._exit(128 + signum)  # an exception would be told of as one, and may fall into the interpreter's own clean-up
 
 
+def handle_stop_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Set a handler for STOP_SIGNALS, but not for ignored ones, such as SIGHUP under nohup; returns the old ones."""
+    before = {}
+    for signum in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            with suppress(ValueError):  # no handlers outside the main thread
+                before[signum] = signal.signal(signum, handler)
+    return before
+
+
+class TolerantOutput(io.FileIO):
+    """A stream that goes nowhere once its reader is gone: a closed terminal, `| head`, a full disk."""
+
+    def write(self, data: Any) -> int:
+        """Write what the reader takes, and drop the rest."""
+        try:
+            return super().write(data) or len(data)  # None: the reader of a non-blocking pipe is slow
+        except OSError:
+            return len(data)
+
+
+def keep_writing() -> None:
+    """Let no reader of stdout or stderr that goes away, or was never there, end the run."""
+    for number, name in ((1, "stdout"), (2, "stderr")) if os.name == "posix" else ():
+        stream = getattr(sys, name)
+        if stream is None:  # closed at the start: the next file that is opened must not take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the process's life)
+            continue
+        stream.flush()
+        raw = TolerantOutput(number, "w", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(
+            raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, stream.errors,
+            line_buffering=stream.line_buffering, write_through=stream.write_through))  # as PYTHONUNBUFFERED wants it
+
+
 # ------------------------------------------------------------------------------------------------------- command line
 # A table of flags, and everything that they and the file system can reveal, before anything heavy is imported.
 
@@ -196,7 +249,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{where} does not know {', '.join(told)}.")
 
 
-def number(kind: type, low: float, strict: bool = False, high: float = 10**9) -> Callable[[str], float]:
+def number(kind: type, low: float, strict: bool = False, high: float = 10**9,
+           cure: str = "") -> Callable[[str], float]:
     """Make an argparse type: an int or float that is at least (or, if strict, above) low, and at most high."""
 
     def parse(text: str) -> float:
@@ -206,10 +260,30 @@ def number(kind: type, low: float, strict: bool = False, high: float = 10**9) ->
             value = math.nan
         if not low <= value <= high or (strict and value == low):  # nan is in no order
             noun, least = "a whole number" if kind is int else "a number", "above" if strict else "of at least"
-            raise argparse.ArgumentTypeError(f"'{text}' is not {noun} {least} {low} and at most {high:.0f}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not {noun} {least} {low} and at most {high}{cure}")
         return value
 
     return parse
+
+
+def steps_or_share(text: str) -> int | float:
+    """An argparse type: optimizer steps, or a share of them below 1."""
+    try:
+        return number(int, 0)(text)
+    except argparse.ArgumentTypeError as error:
+        with suppress(ValueError):
+            if 0 < float(text) < 1:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{error}, nor a share of the steps such as 0.1") from None
+
+
+def square_side(text: str) -> int:
+    """An argparse type: the side of a square in pixels, also as 1024x1024 or 1024,1024."""
+    sides = re.fullmatch(r"\(?(\d\d+) *[xX×*,] *(\d\d+)\)?", text)
+    if sides and sides[1] != sides[2]:
+        raise argparse.ArgumentTypeError(f"'{text}' is no square: give one side; --aspect_ratio_buckets "
+                                         f"{sides[1]}x{sides[2]} trains on pictures of that shape")
+    return number(int, 8, high=16384)(sides[1] if sides else text)
 
 
 def count_or_auto(text: str) -> int | str:
@@ -309,7 +383,8 @@ class YesNoTrueFalse(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, truth != str(option_string).startswith("--no-"))
 
 
-COUNT, INDEX, SEED = number(int, 1), number(int, 0), number(int, 0, high=2**63 - 1)
+COUNT, INDEX = number(int, 1), number(int, 0)
+SEED = number(int, 0, high=2**63 - 1, cure="; leave it out to have one drawn at random")
 FEW = number(int, 1, high=10**5)  # what is listed before anything else happens
 SHARE = number(float, 0, strict=True, high=1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
@@ -349,13 +424,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--instance_data_dir", metavar="DIR", help="folder with the pictures of your subject")
     add("--dataset_name", metavar="ID|DIR", help="instead of a folder: what `datasets` reads, of the Hub or here")
     add("--dataset_config_name", metavar="NAME", help="of a data set that has several")
+    add("--dataset_split", metavar="NAME", default="train", help="of a data set: which part of it")
     add("--image_column", default="image", help="of a data set: its pictures")
     add("--caption_column", help="default: every picture has the instance prompt")
     add("--instance_prompt", help='with a rare word: "a photo of sks dog"; not needed where all have captions')
-    add("--recursive", action=YES_NO, default=False, help="look into sub-folders, too")
+    add("--recursive", action=YES_NO, default=False, help="look into sub-folders, too, also for class pictures")
     add("--caption_dropout", type=number(float, 0, high=1), default=0.0, help="share of rows that see an empty prompt")
     add("--repeats", type=FEW, default=1, help="times that each picture counts, each with its own crop and flip")
-    add("--resolution", type=number(int, 8, high=16384), default=1024,
+    add("--resolution", type=square_side, default=1024,
         help="side of the square that is trained on; a multiple of 8")
     add("--masked_loss", action=YES_NO, default=False, help="learn the subject, not its surroundings: what is opaque")
     add("--mask_dir", metavar="DIR", help="masks by the pictures' names, white where the subject is; default: alpha")
@@ -433,8 +509,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="of the text encoders' adapters")
     add("--scale_lr", action=YES_NO, default=False, help="multiply all rates by the pictures in a step")
     add("--lr_scheduler", choices=SCHEDULES, default="constant", help="how the rate goes on")
-    add("--lr_warmup_steps", type=INDEX, default=500,
-        help="in optimizer steps; the constant schedule has none")
+    add("--lr_warmup_steps", type=steps_or_share, default=500,
+        help="in optimizer steps, or as a share of them such as 0.1; the constant schedule has none")
     add("--lr_num_cycles", type=COUNT, default=1, help="of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, help="of polynomial")
     add("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adamw",
@@ -494,12 +570,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
 
     add = parser.add_argument_group("looking at it").add_argument
     add("--validation_prompt", action="append", help="drawn before, during and after training; may be given again")
-    add("--validation_prompts", metavar="FILE", help="more of them, one a line")
+    add("--validation_prompts", metavar="FILE",
+        help="more of them, one a line, as kohya's trainers read them: # comments, and after a prompt --n NEGATIVE "
+             "--w WIDTH --h HEIGHT --d SEED --s STEPS --l GUIDANCE")
     add("--validation_negative_prompt", help="default: none")
     add("--num_validation_images", type=COUNT, default=4, help="of each prompt, with the same seeds every time")
     add("--validation_num_inference_steps", type=number(int, 1, high=1000), default=25, help="of denoising")
     add("--validation_guidance_scale", type=NOT_NEGATIVE, default=5.0, help="1 is none")
-    add("--validation_resolution", type=number(int, 8, high=16384), help="default: --resolution")
+    add("--validation_resolution", type=square_side, help="default: --resolution")
     add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
     add("--monitor_steps", type=COUNT, metavar="N",
@@ -516,6 +594,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--checkpointing_minutes", type=POSITIVE, help="beside the steps, whichever comes first")
     add("--checkpoints_total_limit", type=COUNT, help="older ones are removed once the new one is safe")
     add("--resume_from_checkpoint", metavar="latest|NAME|DIR", help="go on as if the run had never stopped")
+    add("--init_lora", metavar="FILE", help="start a new run from the weights of a LoRA file, of diffusers or web UIs")
     add("--push_to_hub", action=YES_NO, default=False, help="upload LoRA, card and pictures, nothing else")
     add("--hub_model_id", help="default: the name of --output_dir, in your namespace")
     add("--hub_private_repo", action=YES_NO, default=False, help="create the repository as a private one")
@@ -541,7 +620,7 @@ def config_as_words(parser: Parser, path: str) -> list[str]:
     if strangers:
         parser.unknown(strangers, f"--config {path}")
     words = []
-    for key, value in values.items():
+    for key, value in follow_moved_run(Path(path), values).items():
         is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
         if isinstance(known[key], argparse._AppendAction) and isinstance(value, list):
             words += [f"--{key}={entry}" for entry in value]
@@ -555,6 +634,34 @@ def config_as_words(parser: Parser, path: str) -> list[str]:
     return words
 
 
+def expand_path(flag: str, text: str) -> str:
+    """A path with ~ and $VARIABLES in it as a shell expands them, unless it exists as it is. Raises UserError."""
+    if not re.search(r"^~|\$", text) or os.path.exists(text):
+        return text
+    path = os.path.expandvars(os.path.expanduser(text))
+    unset = re.search(r"\$(\w+|\{\w+\})", path)
+    if unset:
+        raise UserError(f"--{flag} {text}: the variable {unset[0]} is not set; set it, or write the path out.")
+    return path
+
+
+def follow_moved_run(config: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run's own configuration file, or a copy beside it, with its folder and the paths in it where
+    the file lies now.
+    """
+    before, now, own = values.get("output_dir"), config.parent, {}
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        own = yaml.safe_load((now / CONFIG_FILE).read_text(encoding="utf-8"))
+    is_in_run = isinstance(own, dict) and own.get("output_dir") == before and (
+        (now / HISTORY_FILE).exists() or list_checkpoints(now))
+    if not is_in_run or not isinstance(before, str):
+        return values
+    if Path(expand_path("output_dir", before)).resolve() == now.resolve():
+        return values
+    return {key: str(now / Path(value).relative_to(before)) if key in PATH_FLAGS and isinstance(value, str)
+            and Path(value).is_relative_to(before) else value for key, value in values.items()}
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check a command line. Raises UserError for whatever the arguments and the file system reveal."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -562,12 +669,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     early.add_argument("--config")
     parser = make_parser()
     config = early.parse_known_args(argv)[0].config
-    words = config_as_words(parser, config) if config else []
+    words = config_as_words(parser, expand_path("config", config)) if config else []
     if any(word.split("=")[0] == "--validation_prompt" for word in argv):  # it replaces the file's, adding nothing
         words = [word for word in words if not word.startswith("--validation_prompt=")]
     args, strangers = parser.parse_known_args(words + argv)
     if strangers:
         parser.unknown(strangers, "the command line")
+    for flag in PATH_FLAGS:
+        if getattr(args, flag) == "":
+            raise UserError(f"--{flag} is empty: is a variable of the shell not set?")
+        if getattr(args, flag):
+            setattr(args, flag, expand_path(flag, getattr(args, flag)))
+    if str(args.resume_from_checkpoint).lower() in ("latest", "last"):
+        args.resume_from_checkpoint = "latest"
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing: which SDXL is to learn?")
     if args.use_8bit_adam and args.optimizer == "adamw":  # from here on a synonym has one name
@@ -607,10 +721,16 @@ def check_folders(args: argparse.Namespace) -> None:
     """Where files come from and go to. Raises UserError."""
     for looked_at in (masks_by_name, dataset_version):  # by an earlier run in the same notebook
         looked_at.cache_clear()
-    find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+    goes_on = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+    if args.init_lora and not goes_on and not safetensors_header(Path(args.init_lora)):
+        found = "no whole safetensors file" if Path(args.init_lora).is_file() else "no file"
+        raise UserError(f"--init_lora {args.init_lora} is {found}; name a LoRA's .safetensors file on this disk.")
     for flag in ("output_dir", "cache_latents_dir"):
         if getattr(args, flag):
             check_writable(f"--{flag}", Path(getattr(args, flag)))
+    if args.report_to != "none":
+        check_writable("--logging_dir", Path(args.output_dir, args.logging_dir))
+    check_not_anothers(Path(args.output_dir))
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
                         if args.dataset_name is None else "--instance_data_dir and --dataset_name exclude each other.")
@@ -618,7 +738,10 @@ def check_folders(args: argparse.Namespace) -> None:
         check_apart(args)
         check_subject(args)
     if args.prior_preservation == "pictures" and Path(args.class_data_dir).exists():
-        check_pictures("--class_data_dir", list_pictures("--class_data_dir", args.class_data_dir))
+        pictures = list_pictures("--class_data_dir", args.class_data_dir, args.recursive)
+        if not pictures:
+            check_not_in_subfolders("--class_data_dir", Path(args.class_data_dir))
+        check_pictures("--class_data_dir", pictures)
 
 
 def check_apart(args: argparse.Namespace) -> None:
@@ -629,18 +752,22 @@ def check_apart(args: argparse.Namespace) -> None:
         if folder == subject or (args.recursive and folder.is_relative_to(subject)):
             raise UserError(f"--{flag} {folder} is in --instance_data_dir, where its pictures would be taken for the "
                             "subject's; choose another.")
+    if args.recursive and args.class_data_dir and subject.is_relative_to(Path(args.class_data_dir).resolve()):
+        raise UserError(f"--instance_data_dir {subject} is in --class_data_dir, where --recursive would take its "
+                        "pictures for the class's; choose another.")
 
 
 def check_subject(args: argparse.Namespace) -> None:
     """The subject's pictures are there and whole, and each has a prompt. Raises UserError."""
-    folder = pictures_folder(args)
-    pictures = list_pictures("--instance_data_dir", folder, args.recursive)
+    folder, flag = pictures_folder(args), "--dataset_name" if args.dataset_name else "--instance_data_dir"
+    pictures = list_pictures(flag, folder, args.recursive)
     if not pictures:
+        check_not_in_subfolders("--instance_data_dir", folder)
         others = passed_over(folder, args.recursive)
         convert = f"; {others[0]} must be converted, to .jpg for example" if others else ""
-        raise UserError(f"--instance_data_dir {folder} holds no picture "
+        raise UserError(f"{flag} {args.dataset_name or folder} holds no picture "
                         f"({', '.join(sorted(PICTURE_SUFFIXES))}){convert}.")
-    check_pictures("--instance_data_dir", pictures)
+    check_pictures(flag, pictures)
     instance_samples(args)
     if args.masked_loss:
         check_masks(args, pictures)
@@ -648,12 +775,13 @@ def check_subject(args: argparse.Namespace) -> None:
 
 def check_masks(args: argparse.Namespace, pictures: Sequence[Path]) -> None:
     """All masks are whole and fit their pictures, and there are some. Raises UserError."""
-    if args.mask_dir is not None:
-        check_pictures("--mask_dir", list_pictures("--mask_dir", args.mask_dir, args.recursive))
+    masks = masks_by_name(str(args.mask_dir or pictures_folder(args)), args.recursive, beside=args.mask_dir is None)
+    check_pictures("--mask_dir" if args.mask_dir else "--masked_loss", list(masks.values()))
     bare = [path.name for path in pictures if load_mask(args, path) is None]
     if len(bare) == len(pictures):
         raise UserError(f"--masked_loss finds no mask: no picture of {args.mask_dir or pictures_folder(args)} "
-                        f"{'has the name of a picture' if args.mask_dir else 'is transparent anywhere'}.")
+                        f"{'has the name of a picture' if args.mask_dir else 'is transparent or has a mask beside it'}"
+                        ".")
     if bare:
         logger.warning("warning: --masked_loss: %d of %d pictures have no mask, and all of them counts as subject: %s",
                        len(bare), len(pictures), ", ".join(bare[:5]))
@@ -710,6 +838,8 @@ def check_adapter_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--lora_init {args.lora_init} is for linear layers, --lora_preset full has convolutions; "
                         "use another of one.")
     ranks = {args.rank, *(rule.rank for rule in rules_of(args) if rule.rank is not None)}
+    if args.init_lora and args.lora_init != "gaussian":
+        raise UserError(f"--init_lora and --lora_init {args.lora_init} both say what the adapters begin as; give one.")
     if args.lora_init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise UserError(f"--lora_init orthogonal needs an even --rank, not {max(ranks)}.")
     if 0 in ranks:
@@ -756,10 +886,17 @@ def new_tokens(args: argparse.Namespace) -> dict[str, list[str]]:
     return {word: [f"<s{i * count + k}>" for k in range(count)] for i, word in enumerate(words)}
 
 
+SPACED = (r"[^\W\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uffdc"
+          r"\U0001b000-\U0001b2ff\U00020000-\U0003ffff]")
+"""A letter or digit of a script that sets spaces between words; Chinese, Japanese, Thai and others do not, Korean adds
+its particles to words of other scripts.
+"""
+
+
 def with_tokens(args: argparse.Namespace, prompt: str) -> str:
     """A prompt with new tokens in the place of their abstractions, which may be any signs, but no part of a word."""
     for word, tokens in new_tokens(args).items():
-        prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "".join(tokens), prompt)
+        prompt = re.sub(rf"(?<!{SPACED}){re.escape(word)}(?!{SPACED})", "".join(tokens), prompt)
     return prompt
 
 
@@ -837,6 +974,8 @@ def check_packages(args: argparse.Namespace) -> None:
     for flag, package in needed.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs a package that is not installed: pip install {package}")
+    if args.report_to in TRACKERS and not is_set_up(args.report_to):
+        raise UserError(f"--report_to {args.report_to} has no login here{TRACKER_CURES[args.report_to]}.")
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise UserError("--enable_xformers_memory_efficient_attention needs xformers, which is not installed; leave "
                         "the flag out: PyTorch's own attention is already memory-efficient.")
@@ -848,11 +987,48 @@ def check_packages(args: argparse.Namespace) -> None:
         raise UserError("--push_to_hub needs a token: run `hf auth login` or set HF_TOKEN.")
 
 
+BASE_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
+TRACKER_CURES = {"wandb": "; run `wandb login`, or set WANDB_MODE=offline",
+                 "comet_ml": "; run `comet login`, or set COMET_START_ONLINE=0"}
+
+
+def is_set_up(tracker: str) -> bool:
+    """Whether an installed tracker has the login that it needs, or is told to stay offline; nothing is asked."""
+    with suppress(Exception):  # these libraries change often, and a tracker that does not start is refused later
+        if tracker == "wandb" and os.environ.get("WANDB_MODE", "online") in ("online", "run", "shared"):
+            import wandb  # half a second that only this flag costs
+
+            if hasattr(wandb, "setup") and wandb.setup().settings.mode in ("offline", "disabled"):
+                return True
+            asks_not = "prompt" in inspect.signature(wandb.login).parameters
+            return bool(wandb.login(prompt=False, verify=False) if asks_not else wandb.api.api_key)
+        if tracker == "comet_ml" and os.environ.get("COMET_START_ONLINE", "1").lower() not in ("0", "false"):
+            import comet_ml
+
+            return bool(comet_ml.get_config("comet.api_key"))
+    return True
+
+
+def chosen_trackers(args: argparse.Namespace) -> list[str]:
+    """The trackers of --report_to; all are those that are installed and set up, and others are named in a warning."""
+    if args.report_to != "all":
+        return [name for name in TRACKERS if name == args.report_to]
+    installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
+    chosen = [name for name in installed if is_set_up(name)]
+    for name in installed:
+        if name not in chosen:
+            logger.warning("warning: --report_to all leaves %s out, which has no login here%s.", name,
+                           TRACKER_CURES[name])
+    return chosen
+
+
 def check_models(args: argparse.Namespace) -> None:
     """Base model and VAE, where they are paths, are whole and SDXL's. Raises UserError."""
-    flag, vae = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
+    flag, vae = VAE_FLAG, args.pretrained_vae_model_name_or_path
     parts = () if args.estimate_memory else ("unet", *TEXT_ENCODERS) if vae else ("unet", *TEXT_ENCODERS, "vae")
     check_base(args.pretrained_model_name_or_path, parts, args.variant, args.allow_pickle)
+    if vae and not Path(vae).exists() and (vae.startswith((".", "/", "~")) or vae.count("/") != 1):
+        raise UserError(f"{flag} {vae}: no such folder or file, and no Hub id (owner/name).")
     if vae and Path(vae).is_file():
         check_single_file(flag, Path(vae), VAE_KEYS)
     elif vae and Path(vae).is_dir() and not args.estimate_memory:
@@ -883,7 +1059,10 @@ def check_part(flag: str, folder: Path, variant: str | None, allow_pickle: bool)
     are loaded. Raises UserError.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{flag}: {folder} has no config.json; fetch it again.")
+        inner = folder / "vae" if flag == VAE_FLAG else folder
+        hint = f"name {inner}" if (inner / "config.json").is_file() else "fetch it again"
+        raise UserError(f"{flag}: {folder} has no config.json; {hint}.")
+    check_kind(flag, folder, "vae" if flag == VAE_FLAG else folder.name)
     files, pickles = sorted(folder.glob("*.safetensors")), [*folder.glob("*.bin"), *folder.glob("*.ckpt")]
     # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
     whole = [path for path in files if path.stem.partition(".")[2].partition("-")[0] == (variant or "")]
@@ -897,6 +1076,31 @@ def check_part(flag: str, folder: Path, variant: str | None, allow_pickle: bool)
             raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
 
 
+def check_kind(flag: str, folder: Path, part: str) -> None:
+    """A UNet's or VAE's folder is of the class that SDXL has. Raises UserError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("_class_name", "UNet2DConditionModel")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{flag}: {folder / 'config.json'} cannot be read; fetch it again.") from None
+    if part == "vae":
+        check_is_vae(flag, str(folder), config)
+    elif part == "unet" and kind != "UNet2DConditionModel":
+        raise UserError(f"{flag}: {folder} is a {kind}; the UNet of SDXL is a UNet2DConditionModel.")
+
+
+def check_is_vae(flag: str, name: str, config: dict[str, Any]) -> None:
+    """A VAE's configuration is of the class that SDXL has, and of its latents. Raises UserError."""
+    kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", 4)
+    if kind == "AutoencoderKL" and (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
+        raise UserError(f"{flag}: the VAE of {name} is not for RGB pictures; it has {config.get('in_channels', 3)} "
+                        f"channels in and {config.get('out_channels', 3)} out.")
+    if kind != "AutoencoderKL" or channels != 4:
+        found = kind if kind != "AutoencoderKL" else f"{kind} with {channels} latent channels"
+        raise UserError(f"{flag}: the VAE of {name} is of the class {found}; only an AutoencoderKL with 4 latent "
+                        "channels can be used, as SDXL's own or madebyollin/sdxl-vae-fp16-fix.")
+
+
 def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
     """A file as Civitai has them: safetensors, whole, with all that is needed. Raises UserError."""
     keys = safetensors_header(path)
@@ -904,6 +1108,9 @@ def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
         raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
     missing = [key for key in needed if not any(re.search(key, name) for name in keys)]
     if missing:
+        if flag == VAE_FLAG:
+            raise UserError(f"{flag}: {path} is no single file of an AutoencoderKL, as it lacks "
+                            f"{missing[0].strip('^$')}.")
         raise UserError(f"{flag}: {path} is not a whole model of SDXL, as it lacks {missing[0].strip('^$')}; a LoRA, "
                         "a UNet alone, a refiner or another model cannot be trained on.")
     if "edm_vpred.sigma_max" in keys:
@@ -938,6 +1145,20 @@ def check_writable(flag: str, folder: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written ({error.strerror}); choose another.") from error
+
+
+def check_not_anothers(output: Path) -> None:
+    """No file of another user that has to be moved lies where only its owner may move it. Raises UserError."""
+    if os.name != "posix" or not output.is_dir():
+        return
+    folder, own = output.stat(), os.geteuid()
+    if not folder.st_mode & stat.S_ISVTX or own in (0, folder.st_uid):
+        return
+    names = (*OUTPUT_NAMES, MANIFEST_FILE)
+    theirs = [name for name in names if os.path.lexists(output / name) and (output / name).lstat().st_uid != own]
+    if theirs:
+        raise UserError(f"--output_dir {output} has files of another user, which cannot be moved away "
+                        f"({', '.join(theirs[:5])}); choose another.")
 
 
 class Printer(logging.Handler):
@@ -1013,8 +1234,13 @@ class View(NamedTuple):
     flip: bool
 
 
-def list_pictures(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
-    """The pictures of a folder by name; hidden files, folders and other files are passed over. Raises UserError."""
+def match_name(path: Path) -> str:
+    """A file's place without suffix, in composed Unicode and small letters: how captions and masks find pictures."""
+    return unicodedata.normalize("NFC", str(path.with_suffix(""))).casefold()
+
+
+def list_picture_files(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
+    """All files of a folder with a picture's suffix, by name, but hidden ones. Raises UserError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder.")
@@ -1023,46 +1249,205 @@ def list_pictures(flag: str, folder: str | Path, recursive: bool = False) -> lis
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def load_picture(path: str | Path) -> Image.Image:
-    """Read a picture as RGB: turned as its EXIF says, on white where transparent, the first frame if it moves."""
+def mask_owners(path: Path) -> list[str]:
+    """The match_names that the picture may have whose mask this is, by other trainers' names and folders."""
+    folder, stem = path.parent, path.stem
+    inner = [folder.parent] if folder.name.lower() in ("mask", "masks") else []
+    endings = (r"(.+)[-_. ](?:masks?|masklabel|condlabel)", r"mask[-_. ](.+)")
+    owners = [found[1] for pattern in endings if (found := re.fullmatch(pattern, stem, re.IGNORECASE | re.DOTALL))]
+    bare = [Path(owner).stem for owner in owners if Path(owner).suffix.lower() in PICTURE_SUFFIXES]  # dog.png.mask.png
+    names = [(place, owner) for place in (folder, *inner) for owner in (*owners, *bare)]
+    names += [(place, stem) for place in inner]
+    return [match_name(place / f"{owner}.png") for place, owner in names]
+
+
+def split_masks(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Divide files into pictures and masks that belong to one of them by their names, with that one's match_name."""
+    names = {match_name(path) for path in files}
+    owners = {path: next((name for name in mask_owners(path) if name in names), None) for path in files}
+    masks = {path: name for path, name in owners.items() if name}
+    return [path for path in files if path not in masks], masks
+
+
+def list_pictures(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
+    """The pictures of a folder by name, without masks that lie beside them. Raises UserError."""
+    return split_masks(list_picture_files(flag, folder, recursive))[0]
+
+
+def subfolders_with_pictures(folder: Path) -> list[str]:
+    """The sub-folders of a folder that hold pictures, at any depth, as paths in it; hidden ones do not count."""
+    pictures = list_picture_files("", folder, recursive=True)
+    return sorted({path.parent.relative_to(folder).as_posix() for path in pictures if path.parent != folder})
+
+
+def kohya_repeats(subfolders: Iterable[str]) -> str:
+    """What the number in a sub-folder's name, as kohya's trainers read it, is here; empty if there is none."""
+    found = next(filter(None, (re.search(r"([1-9]\d*)_[^/]+$", name) for name in subfolders)), None)
+    if not found:
+        return ""
+    return f"the {found[1]} of '{found[0]}' is --repeats {found[1]} here, for all pictures of the subject"
+
+
+def check_not_in_subfolders(flag: str, folder: Path) -> None:
+    """Refuse a folder without pictures whose sub-folders have some. Raises UserError."""
+    names = subfolders_with_pictures(folder)
+    if names:
+        repeats = kohya_repeats(names)
+        raise UserError(f"{flag} {folder} holds no picture, but its sub-folders do ({some(names)}): add --recursive, "
+                        f"or name one of them{'; ' * bool(repeats)}{repeats}.")
+
+
+SRGB_CHROMATICITIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # Pillow's, by the profile's colour space
+
+
+def unsupported_colours(path: str | Path, image: Image.Image) -> str:
+    """What the numbers of a picture that is open, but not read, mean beyond what load_picture can honour, or ""."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or set(tags.get(339, ())) - {1, 4}:  # SampleFormat: unsigned, or undefined
+        return "its pixels are signed or floating-point numbers"
+    if image.mode == "I" and max(tags.get(258, (16,))) > 16:
+        return "it has 32 bits a pixel"
+    if image.mode.startswith("I") and "transparency" in image.info:
+        return "one of its 16-bit greys is transparent"
+    if image.info.get("icc_profile"):
+        return ""
+    colours = coded_colours(path)
+    if not set(colours[:1]) <= {1, 2} or not set(colours[1:]) <= {1, 2, 6, 13, 14, 15}:
+        return f"its primaries and transfer function are {colours[0]} and {colours[1]} of ITU-T H.273"
+    if "srgb" not in image.info and not colours:
+        if abs(image.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05:
+            return f"its gamma is {image.info['gamma']:g}"
+        white, primaries = tags.get(318, SRGB_CHROMATICITIES[:2]), tags.get(319, SRGB_CHROMATICITIES[2:])
+        points = image.info.get("chromaticity", (*map(float, white), *map(float, primaries)))
+        if max(abs(one - other) for one, other in zip(points, SRGB_CHROMATICITIES, strict=True)) > 0.01:
+            return "its primaries are others than sRGB's"
+        if 301 in tags or has_bmp_colours(path):
+            return "it has a transfer function or primaries of its own"
+    return "its EXIF says Adobe RGB, and no profile is embedded" if is_adobe_rgb(image.getexif()) else ""
+
+
+def is_adobe_rgb(exif: Image.Exif) -> bool:
+    """Whether EXIF names Adobe RGB, as cameras do that embed no profile: ColorSpace 2, or DCF's option file R03."""
+    with suppress(Exception):  # a broken directory names nothing
+        tags = exif.get_ifd(0x8769)
+        return tags.get(0xA001) == 2 or (0xA005 in tags and exif.get_ifd(0xA005).get(1, "").startswith("R03"))
+    return False
+
+
+def coded_colours(path: str | Path) -> tuple[int, ...]:
+    """The primaries and the transfer function (ITU-T H.273) that a PNG or AVIF file names; empty if it names none."""
+    data = Path(path).read_bytes()
+    if data.startswith(b"\x89PNG"):
+        found = re.search(rb"cICP(.)(.)", data.partition(b"IDAT")[0], re.DOTALL)
+    else:
+        found = re.search(rb"colrnclx(..)(..)", data, re.DOTALL) if data[4:8] == b"ftyp" else None
+    return tuple(int.from_bytes(part, "big") for part in found.groups()) if found else ()
+
+
+def has_bmp_colours(path: str | Path) -> bool:
+    """Whether a BMP's header names colours of its own: a profile, or calibrated primaries with a gamma."""
+    with open(path, "rb") as file:
+        head = file.read(138)
+    if head[:2] != b"BM" or int.from_bytes(head[14:18], "little") < 108:
+        return False
+    return head[70:74] in (b"DEBM", b"KNIL") or (head[70:74] == bytes(4) and any(head[110:122]))
+
+
+def embedded_profile(picture: Image.Image) -> tuple[Any, str] | None:
+    """A picture's colour profile and the mode that it is for; None without one that can be read and fits."""
+    family = {"CMYK": "CMYK", "LAB": "LAB"}.get(picture.mode, "L" if picture.mode[:1] in "1LI" else "RGB")
+    data = picture.info.get("icc_profile")
+    if not data and family != "LAB":
+        return None
+    with suppress(OSError, ImageCms.PyCMSError):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data) if data else ImageCms.createProfile("LAB"))
+        mode = PROFILE_MODES.get(profile.profile.xcolor_space)
+        if mode == family or (mode, family) == ("RGB", "L"):
+            return profile, mode
+    return None
+
+
+def has_unused_profile(path: Path) -> bool:
+    """Whether a picture has a colour profile that to_srgb passes over."""
     with Image.open(path) as image:
+        return bool(image.info.get("icc_profile")) and embedded_profile(image) is None
+
+
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """A picture without transparency in RGB: converted by its colour profile, or as sRGB without one."""
+    found = embedded_profile(picture)
+    if found is None:
+        return picture.convert("RGB")
+    try:
+        return ImageCms.profileToProfile(picture.convert(found[1]), found[0], ImageCms.createProfile("sRGB"),
+                                         outputMode="RGB")
+    except ImageCms.PyCMSError as error:  # one that is for printers alone, say
+        raise ValueError(f"its colour profile cannot be used: {error}") from error
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Read a picture as sRGB: turned as its EXIF says, converted by its colour profile, 16 bits as 8, on white where
+    transparent, the first frame if it moves. Raises ValueError for numbers that mean something else.
+    """
+    with Image.open(path) as image:
+        unsupported = unsupported_colours(path, image)
+        if unsupported:
+            raise ValueError(f"{unsupported}; convert it to 8-bit sRGB")
+        tags = getattr(image, "tag_v2", {})
+        levels, is_inverted = 2 ** max(tags.get(258, (16,))), tags.get(262) == 0
         image.load()
         picture = ImageOps.exif_transpose(image)
-    if picture.mode.startswith("I") and picture.getextrema()[1] > 255:  # 16 bits a pixel
-        picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    if picture.mode.startswith("I"):  # greyscale of 12 or 16 bits a pixel
+        picture = picture.convert("I").point(lambda value: value * (256 / levels)).convert("L")
+        picture = ImageOps.invert(picture) if is_inverted else picture  # Pillow does so for 8 bits
+    if picture.mode in ("RGBa", "La"):
+        picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
+    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
+        return to_srgb(picture)
+    alpha = picture.convert("RGBA").getchannel("A")
+    opaque = to_srgb(picture.convert("L" if picture.mode == "LA" else "RGB"))
+    opaque.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), opaque).convert("RGB")
 
 
 @functools.lru_cache(maxsize=1)
-def masks_by_name(folder: str, recursive: bool) -> dict[Path, Path]:
-    """The masks of a folder by their places and names in it, without suffix. Raises UserError."""
-    return {path.relative_to(folder).with_suffix(""): path
-            for path in list_pictures("--mask_dir", folder, recursive)}
+def masks_by_name(folder: str, recursive: bool, beside: bool) -> dict[str, Path]:
+    """Masks by the match_name of their pictures within a folder: those that lie beside pictures there, or, in a folder
+    of masks, all, with or without another trainer's ending. Raises UserError.
+    """
+    files = {path.relative_to(folder): path for path in list_picture_files("--mask_dir", folder, recursive)}
+    owners = [(path, owner) for path in files for owner in (*mask_owners(path), match_name(path))]
+    found = split_masks(list(files))[1].items() if beside else owners
+    return {name: files[path] for path, name in found if not path.stem.lower().endswith("condlabel")}
 
 
 def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
     """Where the subject of a picture is, in grey: of the mask that has its name, or else its own alpha; None is
     everywhere. Raises UserError if the mask is of another shape.
     """
-    if args.mask_dir is None:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image)
-        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-            return None
-        alpha = picture.convert("RGBA").getchannel("A")
-        return alpha if alpha.getextrema()[0] < 255 else None
-    place = path.relative_to(pictures_folder(args)).with_suffix("")
-    found = masks_by_name(args.mask_dir, args.recursive).get(place)
+    folder = pictures_folder(args)
+    masks = masks_by_name(str(args.mask_dir or folder), args.recursive, beside=args.mask_dir is None)
+    found = masks.get(match_name(path.relative_to(folder)))
     if found is None:
-        return None
-    mask, size = load_picture(found).convert("L"), picture_size(path)
+        return None if args.mask_dir else own_alpha(path)
+    mask, size = own_alpha(found) or load_picture(found).convert("L"), picture_size(path)
+    if mask.getextrema()[1] == 1:  # 0 and 1, as programs write it
+        mask = mask.point(lambda value: 255 * value)
     if abs(mask.width * size[1] - mask.height * size[0]) > max(size) + max(mask.size):
-        raise UserError(f"--mask_dir: {found.name} is {mask.width}x{mask.height}, which is another shape than its "
-                        f"picture's {size[0]}x{size[1]}.")
+        raise UserError(f"{'--mask_dir' if args.mask_dir else '--masked_loss'}: {found.name} is {mask.width}x"
+                        f"{mask.height}, which is another shape than its picture's {size[0]}x{size[1]}.")
     return mask.resize(size, Image.Resampling.BILINEAR)
+
+
+def own_alpha(path: Path) -> Image.Image | None:
+    """The alpha channel of a picture; None where it is opaque all over."""
+    with Image.open(path) as image:
+        picture = ImageOps.exif_transpose(image)
+    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
+        return None
+    alpha = picture.convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema()[0] < 255 else None
 
 
 def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
@@ -1094,7 +1479,7 @@ def pictures_folder(args: argparse.Namespace) -> Path:
     """Where the subject's pictures are: the folder that was given, or that into which a data set is written."""
     if args.instance_data_dir is not None:
         return Path(args.instance_data_dir)
-    source = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+    source = args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column, args.caption_column
     name = "dataset-" + hashlib.sha256(repr(source).encode()).hexdigest()[:16]
     parent = Path(args.cache_latents_dir or Path(args.output_dir, "cache"))
     version = dataset_version(args.dataset_name)
@@ -1117,30 +1502,79 @@ def dataset_version(name: str) -> str:
         return ""
 
 
-def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str, str]]:
-    """The pictures of a data set as their files' bytes, with their kinds and captions, one at a time."""
+def open_dataset(args: argparse.Namespace) -> Any:
+    """The rows of --dataset_split, one at a time. Raises UserError for a split that is not there."""
     import datasets  # seconds that only this flag costs
-    import fsspec
 
-    rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True,
-                                 cache_dir=args.cache_dir)
-    image, caption = args.image_column, args.caption_column
+    source = args.dataset_name, args.dataset_config_name
+    try:
+        return datasets.load_dataset(*source, split=args.dataset_split, streaming=True, cache_dir=args.cache_dir)
+    except Exception as error:
+        splits = []
+        with suppress(Exception):  # what is wrong is more than the split
+            splits = datasets.get_dataset_split_names(*source)
+        if splits and args.dataset_split not in splits:
+            raise UserError(f"--dataset_name {args.dataset_name} has no split {args.dataset_split}; name one with "
+                            f"--dataset_split: {', '.join(splits)}.") from error
+        raise
+
+
+def caption_of(value: Any) -> str:
+    """The caption in a data set's cell: a text, or the first of several; empty if there is none. Raises ValueError."""
+    value = next(iter(value), None) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(f"its caption is no text but {type(value).__name__}")
+    return value or ""
+
+
+def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str, str]]:
+    """The pictures of a data set as their files' bytes, with their kinds and captions, one at a time; rows without a
+    picture are left out with a warning. Raises ValueError naming the row.
+    """
+    import datasets
+
+    rows, image, caption = open_dataset(args), args.image_column, args.caption_column
     columns = rows.column_names or list(next(iter(rows), {}))  # of CSV or JSON, which names files
     missing = [column for column in (image, caption) if column and column not in columns]
     if missing:
-        raise ValueError(f"it has no column {missing[0]}; there are {', '.join(columns)}")
-    rows = rows.cast_column(image, datasets.Image(decode=False)) if rows.features else rows
-    for row in rows:
-        picture = row[image] if isinstance(row[image], dict) else {"bytes": None, "path": row[image]}
-        data = picture["bytes"]
-        if data is None:  # a file of its own, which may lie on the Hub or in an archive
-            with fsspec.open(picture["path"], "rb") as file:
-                data = file.read()
-        kind = Image.open(io.BytesIO(data)).format.lower()
-        kind = "jpg" if kind == "mpo" else kind  # a JPEG of several pictures
-        if f".{kind}" not in PICTURE_SUFFIXES:
-            raise ValueError(f"a picture is in {kind}; convert it to PNG")
-        yield data, kind, row[caption] or "" if caption else ""
+        raise ValueError(f"it has no column {missing[0]}; there are {', '.join(columns)}: name one with "
+                         f"--{'image' if missing[0] == image else 'caption'}_column")
+    rows, empty = rows.cast_column(image, datasets.Image(decode=False)) if rows.features else rows, []
+    for row_number, row in enumerate(rows):
+        try:
+            data, text = picture_bytes(row[image]), caption_of(row[caption]) if caption else ""
+            kind = picture_kind(data) if data else ""
+        except Exception as error:  # readers of files raise whatever they like
+            raise ValueError(f"row {row_number}: {first_line(error)}") from error
+        if data:
+            yield data, kind, text
+        else:
+            empty.append(str(row_number))
+    if empty:
+        logger.warning("warning: --dataset_name %s: rows without a picture are left out: %s.", args.dataset_name,
+                       some(empty))
+
+
+def picture_bytes(value: Any) -> bytes:
+    """The file in a data set's cell, which holds it or names a file of its own, which may lie on the Hub or in an
+    archive; empty if there is none.
+    """
+    import fsspec
+
+    cell = value if isinstance(value, dict) else {"bytes": None, "path": value}
+    if cell.get("bytes") is not None or not cell.get("path"):
+        return cell.get("bytes") or b""
+    with fsspec.open(cell["path"], "rb") as file:
+        return file.read()
+
+
+def picture_kind(data: bytes) -> str:
+    """A picture file's suffix without its dot. Raises ValueError for a kind that is not read from folders."""
+    kind = Image.open(io.BytesIO(data)).format.lower()
+    kind = "jpg" if kind == "mpo" else kind  # a JPEG of several pictures
+    if f".{kind}" not in PICTURE_SUFFIXES:
+        raise ValueError(f"its picture is in {kind}; convert it to PNG")
+    return kind
 
 
 def fetch_dataset(args: argparse.Namespace) -> None:
@@ -1156,7 +1590,7 @@ def fetch_dataset(args: argparse.Namespace) -> None:
                 (unfinished / name).write_bytes(data)
                 captions.append(json.dumps({"file_name": name, "text": caption}))
             (unfinished / "metadata.jsonl").write_text("\n".join(captions), encoding="utf-8")
-    except TrainingError:  # the disk is full
+    except (TrainingError, UserError):  # the disk is full
         raise
     except Exception as error:  # its readers raise whatever they like
         raise UserError(f"--dataset_name {args.dataset_name} cannot be read ({first_line(error)}).") from error
@@ -1175,9 +1609,11 @@ def read_text(path: Path) -> str:
                         "it.") from None
 
 
-def read_metadata(path: Path) -> dict[Path, str]:
+def read_metadata(path: Path, pictures: Sequence[Path] = ()) -> dict[Path, str]:
     """The captions of metadata.jsonl or metadata.csv (file_name, text). Raises UserError with all its faults."""
-    captions, faults, text, is_table = {}, [], read_text(path), path.suffix == ".csv"
+    captions, faults, text, is_table = {}, [], read_text(path), path.suffix.lower() == ".csv"
+    composed = {unicodedata.normalize("NFC", str(picture)): picture for picture in pictures}
+    folder = os.path.abspath(path.parent)
     try:  # splitlines() would split within JSON's strings and a table's quotes
         rows = list(csv.DictReader(io.StringIO(text, newline=""))) if is_table else re.split("\r?\n", text)
     except csv.Error as error:
@@ -1187,11 +1623,13 @@ def read_metadata(path: Path) -> dict[Path, str]:
             entry = row if isinstance(row, dict) else json.loads(row.strip() or "null")
             if entry is None:  # an empty line
                 continue
-            picture, text = path.parent / os.path.normpath(entry["file_name"]), entry["text"]
+            # as it is written: the Hub's cache is links to elsewhere
+            place = os.path.relpath(os.path.join(folder, entry["file_name"]), folder)
+            picture, text = path.parent / place, entry["text"]
+            picture = composed.get(unicodedata.normalize("NFC", str(picture)), picture)
             faulty = {
                 "has no text": not isinstance(text, str),
-                "is outside of the folder": not Path(os.path.abspath(picture)).is_relative_to(
-                    os.path.abspath(path.parent)),  # as it is written: the Hub's cache is links to elsewhere
+                "is outside of the folder": Path(place).parts[:1] == ("..",),
                 "is not there": not os.path.isfile(picture),  # is_file() raises where a name is too long
                 "is named twice": picture in captions,
             }
@@ -1205,21 +1643,70 @@ def read_metadata(path: Path) -> dict[Path, str]:
     return captions
 
 
+def caption_files(pictures: Sequence[Path]) -> dict[str, Path]:
+    """The text files beside pictures, by match_name: NAME.txt or NAME.png.txt, or kohya's NAME.caption, in capitals or
+    not.
+    """
+    folders = dict.fromkeys(path.parent for path in pictures)
+    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES
+             and not path.name.startswith(".") and path.is_file()]
+    own = {path: path.with_suffix("") for path in sorted(files, key=lambda path: path.suffix.lower())}
+    return {match_name(place if place.suffix.lower() in PICTURE_SUFFIXES else path): path
+            for path, place in own.items()}
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The table of captions in a folder, if there is one: metadata.jsonl, or else metadata.csv, in capitals or not."""
+    named = {path.name.lower(): path for path in folder.iterdir() if path.is_file()}
+    return named.get("metadata.jsonl") or named.get("metadata.csv")
+
+
 def read_captions(folder: Path, pictures: Sequence[Path]) -> dict[Path, str]:
-    """The captions of a folder's pictures: of a metadata file, else of NAME.txt beside NAME.jpg. Raises UserError."""
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
-            return read_metadata(folder / name)
-    beside = {path: path.with_suffix(".txt") for path in pictures}
-    return {path: read_text(text).strip() for path, text in beside.items() if text.is_file()}
+    """The captions of a folder's pictures: of a metadata file, else of the files beside them. Raises UserError."""
+    table = metadata_file(folder)
+    if table:
+        return read_metadata(table, pictures)
+    beside = caption_files(pictures)
+    return {path: read_text(beside[match_name(path)]).strip() for path in pictures if match_name(path) in beside}
 
 
 def passed_over(folder: Path, recursive: bool) -> list[str]:
     """Files beside the pictures that are neither pictures nor captions, such as .heic; hidden ones are not counted."""
-    known = {*PICTURE_SUFFIXES, ".txt", ".jsonl", ".csv"}
+    known = {*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, ".jsonl", ".csv"}
     files = (path for path in folder.glob("**/*" if recursive else "*") if path.suffix.lower() not in known)
     return sorted(path.name for path in files if path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of some names, for a sentence."""
+    names = list(names)
+    return ", ".join(names[:5]) + " and more" * (len(names) > 5)
+
+
+def unused_files(args: argparse.Namespace) -> list[str]:
+    """What lies beside the subject's pictures and is not used, one sentence a kind, with a cure."""
+    folder = pictures_folder(args)
+    files = list_picture_files("--instance_data_dir", folder, args.recursive)
+    pictures, masks = split_masks(files)
+    names = {match_name(path) for path in pictures}
+    captions = [] if metadata_file(folder) else [path.name for name, path in caption_files(pictures).items()
+                                                 if name not in names]
+    own = [Path(value).resolve() for flag in ("class_data_dir", "mask_dir", "output_dir", "cache_latents_dir")
+           if (value := getattr(args, flag))]
+    inner = [name for name in subfolders_with_pictures(folder)
+             if not any((folder / name).resolve().is_relative_to(path) for path in own)]
+    others, numbered = passed_over(folder, args.recursive), kohya_repeats(inner)
+    sentences = {
+        f"{some(sorted(path.name for path in masks))}: left out, as masks by their names; --masked_loss uses them.":
+            masks and (args.mask_dir or not args.masked_loss),
+        f"{some(captions)}: captions of no picture; a caption has the name of its picture.": captions,
+        f"sub-folders have pictures, too ({some(inner)}), which are left out; --recursive looks into them.":
+            inner and not args.recursive,
+        f"{numbered}; the number itself does nothing.": numbered and args.recursive and args.repeats == 1,
+        f"{some(others)} passed over, as only {', '.join(sorted(PICTURE_SUFFIXES))} are read; convert what is a "
+        "picture.": others}
+    return [sentence for sentence, applies in sentences.items() if applies]
 
 
 def fingerprint(path: Path) -> tuple[int, float]:
@@ -1247,11 +1734,11 @@ def examine(args: argparse.Namespace, samples: Sequence[Sample], buckets: Sequen
              if (marks[one][0] ^ marks[other][0]).bit_count() <= 3]
     if alike:
         told.append(f"{', '.join(alike[:5])} look alike; different poses and places teach more.")
-    strangers = passed_over(pictures_folder(args), args.recursive)
-    if strangers:
-        told.append(f"{', '.join(strangers[:5])}{' and more' if len(strangers) > 5 else ''} passed over, as only "
-                    f"{', '.join(sorted(PICTURE_SUFFIXES))} are read; convert what is a picture.")
-    return told
+    odd = [path.name for path in pictures if has_unused_profile(path)]
+    if odd:
+        told.append(f"{some(odd)}: the colour profile is broken or for another kind of picture; the colours are read "
+                    "as sRGB.")
+    return told + unused_files(args)
 
 
 def instance_samples(args: argparse.Namespace) -> list[Sample]:
@@ -1273,21 +1760,71 @@ def instance_samples(args: argparse.Namespace) -> list[Sample]:
             for path, text in zip(pictures, prompts, strict=True)]
 
 
-def prompts_to_draw(args: argparse.Namespace) -> list[str]:
+class ValidationPrompt(NamedTuple):
+    """A prompt to generate pictures of, with how; sizes in pixels."""
+
+    text: str
+    negative_prompt: str
+    width: int
+    height: int
+    seed: int | None  # of its first picture; None is the run's
+    num_inference_steps: int
+    guidance_scale: float
+
+
+PIXELS = number(int, 8, high=16384)
+PROMPT_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of kohya's prompt files
+    "n": ("negative_prompt", str), "w": ("width", PIXELS), "h": ("height", PIXELS), "d": ("seed", SEED),
+    "s": ("num_inference_steps", number(int, 1, high=1000)), "l": ("guidance_scale", NOT_NEGATIVE)}
+
+
+def parse_prompt(args: argparse.Namespace, line: str, where: str) -> ValidationPrompt:
+    """A line of --validation_prompts or a --validation_prompt: a prompt and its options. Raises UserError."""
+    text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
+    if options and not text.strip():
+        raise UserError(f"{where}: there is no prompt before --{options[0]}.")
+    side, settings = args.validation_resolution or args.resolution, {}
+    for option in options:
+        letter, value = (*option.split(maxsplit=1), "")[:2]
+        letter = letter.lower()
+        if letter not in PROMPT_OPTIONS:
+            known = ", ".join(f"--{name}" for name in PROMPT_OPTIONS)
+            raise UserError(f"{where}: --{letter} is not understood in a prompt; {known} are.")
+        name, parse = PROMPT_OPTIONS[letter]
+        try:
+            settings[name] = parse(value.strip())
+            if parse is PIXELS and settings[name] % 8:
+                raise argparse.ArgumentTypeError(f"'{value.strip()}' is not a multiple of 8")
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where}: --{letter}: {error}.") from None
+    usual = ValidationPrompt(text.strip(), args.validation_negative_prompt or "", side, side, None,
+                             args.validation_num_inference_steps, args.validation_guidance_scale)
+    return usual._replace(**settings)
+
+
+def prompts_to_draw(args: argparse.Namespace) -> list[ValidationPrompt]:
     """The validation prompts, of the command line and the file. Raises UserError."""
-    prompts = list(args.validation_prompt or ())
+    prompts = [parse_prompt(args, prompt, f'--validation_prompt "{prompt}"')
+               for prompt in args.validation_prompt or ()]
     if args.validation_prompts:
         path = Path(args.validation_prompts)
         if not path.is_file():
             raise UserError(f"--validation_prompts {path}: no such file.")
-        prompts += [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        if path.suffix.lower() in (".json", ".toml", ".yaml", ".yml"):
+            raise UserError(f"--validation_prompts {path}: only text files with one prompt a line can be read.")
+        lines = enumerate(re.split("\r?\n", read_text(path)), 1)
+        of_file = [parse_prompt(args, line.strip(), f"--validation_prompts {path}: line {line_number}")
+                   for line_number, line in lines if line.strip() and not line.strip().startswith("#")]
+        if not of_file:
+            raise UserError(f"--validation_prompts {path} holds no prompt.")
+        prompts += of_file
     return list(dict.fromkeys(prompts))
 
 
 def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[Sample]:
     """What preserves the class: pictures of it, or the subject's under its prompt, for the base model to answer."""
     pictures = {
-        "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir),
+        "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir, args.recursive),
         "base_model": lambda: dict.fromkeys(sample.path for sample in subject),
     }.get(args.prior_preservation, list)
     return [Sample(path, args.class_prompt, is_class=True) for path in pictures()]
@@ -1298,10 +1835,12 @@ Bucket = tuple[int, int]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height as they are seen, from the file's header alone."""
+    """Width and height as they are seen, from the file's header alone but for a TIFF, which Pillow turns itself."""
     with Image.open(path) as image:
-        turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)  # Pillow turns TIFF itself
-        return image.size[::-1] if turned else image.size
+        if image.format == "TIFF":
+            image.load()  # before it some versions have the size of the file
+            return image.size
+        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
 def make_buckets(spec: str | None, resolution: int) -> list[Bucket]:
@@ -1416,23 +1955,37 @@ def find_checkpoint(name: str | None, output: Path) -> Path | None:
     if name == "latest":
         checkpoints = list_checkpoints(output)
         return checkpoints[-1] if checkpoints else None
-    for folder in (output / name, Path(name)):
-        if (folder / "state.pt").is_file():
+    for path in (output / name, Path(name)):
+        folder = path.parent if path.name == STATE_FILE else path
+        if (folder / STATE_FILE).is_file():
             return folder
+        if list_checkpoints(folder):  # a run's folder
+            return list_checkpoints(folder)[-1]
+        lora = folder / LORA_FILE if folder.is_dir() else folder
+        if safetensors_header(lora):
+            raise UserError(f"--resume_from_checkpoint {name} holds no state of this script's training, which a LoRA "
+                            f"does not bring along; --init_lora {lora} starts a new run from its weights.")
     found = ", ".join(folder.name for folder in list_checkpoints(output)) or "none"
     raise UserError(f"--resume_from_checkpoint {name} names no checkpoint; in {output} there are: {found}.")
 
 
 def list_checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints of an output folder, oldest first; other folders are nobody's business here."""
-    folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in folders if (path / "state.pt").is_file()), key=lambda path: int(path.name[11:]))
+    found = {path: step_of(path) for path in output.glob("*-*")}
+    whole = [path for path, step in found.items() if step is not None and (path / STATE_FILE).is_file()]
+    return sorted(whole, key=found.__getitem__)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name of a checkpoint: checkpoint-N every so many steps, last-N at the end; None of others."""
+    found = re.fullmatch(r"(?:checkpoint|last)-(\d+)", checkpoint.name)
+    return int(found[1]) if found else None
 
 
 if __name__ == "__main__":  # a mistake answers in half a second, not after the imports below
+    keep_writing()
     hide_token()
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), leave)  # the imports below take seconds
+    handle_stop_signals(leave)  # the imports below take seconds
     heed_the_launcher()
     with one_sentence():
         ARGS = parse_args()
@@ -1457,7 +2010,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
-from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -1508,7 +2060,7 @@ class Run:
     scheduler: Any
     zeros_for_empty_prompt: bool  # no negative prompt means zeros, as in SDXL base 1.0
     vae_factor: int  # pixels to a latent
-    prompts: tuple[str, ...] = ()  # to draw
+    prompts: tuple[ValidationPrompt, ...] = ()  # to generate pictures of
     pictures: int = 0  # of the subject; both are read once: their files may go while a run lasts
 
     @property
@@ -1591,7 +2143,7 @@ def reading(source: Source, part: str) -> Iterator[None]:
     """What goes wrong while a part is read, in one sentence. Raises UserError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
         raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
                         f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
 
@@ -1704,6 +2256,8 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
         scheduler = scheduler_class.from_pretrained(source.name, **source.keywords("scheduler"))
         vae_config = AutoencoderKL.load_config(vae.name, **vae.keywords("vae"))
         unet_config = UNet2DConditionModel.load_config(source.name, **source.keywords("unet"))
+        check_is_vae(BASE_FLAG if vae == source else VAE_FLAG, vae.name, vae_config)
+        warn_of_scaling(source, vae, vae_config)
     except (OSError, ValueError, KeyError, AttributeError, HfHubHTTPError) as error:
         raise UserError(f"--pretrained_model_name_or_path {source.name} or its VAE cannot be loaded; is it mistyped, "
                         f"private, or not in the cache while offline? ({first_line(error)})") from error
@@ -1712,6 +2266,18 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
                         f"{unet_config['in_channels']} channels, not 4; use the base that it was made of.")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     return scheduler, bool(index.get("force_zeros_for_empty_prompt", True)), factor
+
+
+def warn_of_scaling(source: Source, vae: Source, config: dict[str, Any]) -> None:
+    """Warn of another VAE with latents of another scale, such as Stable Diffusion 1.5's, which the UNet misreads."""
+    if vae == source:
+        return
+    with suppress(OSError, ValueError, HfHubHTTPError):  # a base model without a VAE
+        own = AutoencoderKL.load_config(source.name, **source.keywords("vae"))
+        scales = [of.get("scaling_factor", 0.18215) for of in (config, own)]
+        if scales[0] != scales[1]:
+            logger.warning("warning: %s %s scales its latents by %g and the base model's own VAE by %g: is it one of "
+                           "SDXL?", VAE_FLAG, vae.name, *scales)
 
 
 def check_clip_skip(source: Source, clip_skip: int) -> None:
@@ -1887,7 +2453,8 @@ class TrainableSDXL(nn.Module):
 
     def scales(self) -> dict[str, float]:
         """What each adapted module's B A is multiplied with, by component and module."""
-        return {scale_name(f"{component}.{name}"): layer.scaling["default"] for component, part in self.adapted().items()
+        return {scale_name(f"{component}.{name}"): layer.scaling["default"]
+                for component, part in self.adapted().items()
                 for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
 
     def adapted(self) -> dict[str, nn.Module]:
@@ -2094,8 +2661,8 @@ def begin_as_weights(layer: nn.Module, kind: str) -> None:
         return
     kind = "pissa_niter_4" if kind == "pissa" else kind  # a whole decomposition takes a second a layer
     scale = layer.scaling["default"]
-    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, init_lora_weights=kind)
-    drawn = peft.tuners.lora.Linear(copy, "default", config, r=rank, lora_alpha=scale * rank)
+    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, init_lora_weights=kind, target_modules=["copy"])
+    drawn = peft.inject_adapter_in_model(config, nn.ModuleDict({"copy": copy}))["copy"]
     first_a, first_b = drawn.lora_A["default"].weight.data, drawn.lora_B["default"].weight.data
     a.data, b.data = torch.cat([first_a, first_a]), torch.cat([first_b, -first_b], dim=1)
     a.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
@@ -2138,6 +2705,8 @@ def load_trainable(run: Run) -> TrainableSDXL:
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     model = TrainableSDXL(unet, encoders, compile_unet(run, unet), args.clip_skip)
+    if args.init_lora and not candidates(args.resume_from_checkpoint, run.output):
+        begin_with_lora(Path(args.init_lora), model)
     for adapter in model.adapters.values() if run.accelerator.num_processes > 1 else ():
         adapter.data.copy_(broadcast(adapter.data))  # cards of two kinds may decompose a weight differently
     return model
@@ -2178,6 +2747,33 @@ def written_beside(path: Path, shared: bool = False, size: int = 0) -> Iterator[
         remove(unfinished)
 
 
+def read_manifest(output: Path) -> dict[str, list[str]]:
+    """The hashes of what this script wrote into an output folder, by name; empty if nothing can be read there."""
+    with suppress(OSError, ValueError):
+        manifest = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest, dict) else {}
+    return {}
+
+
+def is_own(output: Path, name: str, manifest: dict[str, list[str]]) -> bool:
+    """Whether something of OUTPUT_NAMES is as this script wrote it; folders and what grows are known by name alone."""
+    known = manifest.get(OUTPUT_NAMES[name], ())
+    return bool(known) and (OUTPUT_NAMES[name] != name or content_key((output / name).read_bytes()) in known)
+
+
+@contextmanager
+def output_file(path: Path, size: int = 0) -> Iterator[Path]:
+    """written_beside for a file of the output folder, whose hash is in the manifest before it is there."""
+    with written_beside(path, size=size) as unfinished:
+        yield unfinished
+        manifest = read_manifest(path.parent)
+        if path.exists() and not is_own(path.parent, path.name, manifest):  # came while the run lasted
+            move_aside(path.parent, [path])
+        manifest[path.name] = [*manifest.get(path.name, ())[-1:], content_key(unfinished.read_bytes())]
+        with written_beside(path.parent / MANIFEST_FILE) as file:
+            file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
 def to_disk(path: Path) -> None:
     """Let a file or a folder, with what is in it, survive a power failure."""
     if os.name != "posix":  # elsewhere folders cannot be opened
@@ -2206,12 +2802,41 @@ def check_space(folder: Path, needed: float, what: str) -> None:
                        megabytes(free_bytes(folder)))
 
 
+UNFINISHED = re.compile(
+    rf"\.(?:[0-9a-f]{{40}}\.safetensors|(?:checkpoint|last)-\d+|(?:dataset|unpacked)-.+|{re.escape(MANIFEST_FILE)}|"
+    rf"{'|'.join(re.escape(Path(name).name) for name in OUTPUT_NAMES)})(?:\.[0-9a-f]{{12}})?(?:\.outdated)?\.tmp")
+"""The names that written_beside gives to what this script writes."""
+
+
 def sweep(folder: Path, before: float) -> None:
     """Remove what killed runs left unfinished before a time, in seconds since the epoch."""
     for unfinished in folder.glob(".*.tmp"):
         with suppress(OSError):  # gone, or another user's
-            if unfinished.stat().st_mtime < before:
+            if UNFINISHED.fullmatch(unfinished.name) and unfinished.stat().st_mtime < before:
                 remove(unfinished)
+
+
+def lock_file(path: Path) -> int:
+    """Lock a file until the handle that is returned is closed, at the latest by the end of the process.
+
+    Raises BlockingIOError if another process holds it, OSError where the file system has no locks or the file cannot
+    be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, which a local file system lets lock whoever may read it
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        if os.name == "posix":
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        raise
+    return handle
 
 
 @contextmanager
@@ -2221,13 +2846,21 @@ def alone_in(output: Path, cache: Path) -> Iterator[None]:
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
+    handle = None
     try:
-        with FileLock(output / ".lock", timeout=0):
-            sweep(output, before=math.inf)
-            sweep(cache, before=time.time() - 86400)  # others may be writing there
-            yield
-    except Timeout:
+        handle = lock_file(output / ".lock")
+    except BlockingIOError:
         raise UserError(f"--output_dir {output} is in use by another run; wait for it, or choose another.") from None
+    except OSError as error:
+        logger.warning("warning: --output_dir %s cannot be locked (%s): nothing keeps a second run out of it.", output,
+                       error.strerror)
+    try:
+        sweep(output, before=math.inf)
+        sweep(cache, before=time.time() - 86400)  # others may be writing there
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def remove(path: Path) -> None:
@@ -2424,12 +3057,11 @@ def save_picture(image: Image.Image, path: Path, prompt: str = "") -> None:
 
 
 @torch.no_grad()
-def draw(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, seeds: Sequence[int], resolution: int,
-         negative_prompt: str = "", steps: int = INFERENCE_STEPS, guidance: float = GUIDANCE_SCALE) -> Tensor:
+def draw(run: Run, model: TrainableSDXL, table: TextTable, prompt: ValidationPrompt, seeds: Sequence[int]) -> Tensor:
     """Latents (B, 4, h, w) of a picture of the prompt a seed, as StableDiffusionXLPipeline draws them for a user."""
-    embeds = model.embed(table.of(prompt))
-    is_zero = run.zeros_for_empty_prompt and not negative_prompt
-    negative = tuple(map(torch.zeros_like, embeds)) if is_zero else model.embed(table.of(negative_prompt))
+    embeds = model.embed(table.of(prompt.text))
+    is_zero = run.zeros_for_empty_prompt and not prompt.negative_prompt
+    negative = tuple(map(torch.zeros_like, embeds)) if is_zero else model.embed(table.of(prompt.negative_prompt))
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
     text = {name: row.repeat_interleave(len(seeds), 0) for name, row in zip(names, (*embeds, *negative), strict=True)}
     pipeline = StableDiffusionXLPipeline(
@@ -2438,7 +3070,8 @@ def draw(run: Run, model: TrainableSDXL, table: TextTable, prompt: str, seeds: S
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae_scale_factor = run.vae_factor
     return pipeline(
-        **text, height=resolution, width=resolution, num_inference_steps=steps, guidance_scale=guidance,
+        **text, height=prompt.height, width=prompt.width, num_inference_steps=prompt.num_inference_steps,
+        guidance_scale=prompt.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent").images
 
 
@@ -2474,10 +3107,10 @@ def decode_latents(run: Run, unet: nn.Module, vae: AutoencoderKL, latents: Itera
     return pictures
 
 
-def missing_class_images(folder: Path, count: int) -> list[tuple[int, Path]]:
+def missing_class_images(folder: Path, count: int, recursive: bool) -> list[tuple[int, Path]]:
     """Numbers and paths of the class pictures that are still to be drawn, beside those that the user brought."""
     drawn = [folder / f"generated-{index:05d}.png" for index in range(count)]
-    brought = set(list_pictures("--class_data_dir", folder)) - set(drawn)
+    brought = set(list_pictures("--class_data_dir", folder, recursive)) - set(drawn)
     return [(index, path) for index, path in enumerate(drawn[:max(0, count - len(brought))]) if not path.exists()]
 
 
@@ -2498,10 +3131,11 @@ def make_class_images(run: Run) -> None:
         return
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = missing_class_images(folder, args.num_class_images)
+    missing = missing_class_images(folder, args.num_class_images, args.recursive)
     accelerator.wait_for_everyone()  # every rank has looked before any draws
     share = missing[accelerator.process_index::accelerator.num_processes]
-    dtype = class_dtype(run)
+    dtype, side = class_dtype(run), args.resolution
+    of_class = ValidationPrompt(args.class_prompt, "", side, side, None, INFERENCE_STEPS, GUIDANCE_SCALE)
     if any(gather_object([bool(missing)])):  # all ranks encode together, also those that will draw nothing
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
     if share:
@@ -2511,7 +3145,7 @@ def make_class_images(run: Run) -> None:
         for first in range(0, len(share), drawn_at_once(args)):
             part = share[first:first + drawn_at_once(args)]
             seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
-            latents = draw(run, model, table, args.class_prompt, seeds, args.resolution)
+            latents = draw(run, model, table, of_class, seeds)
             images = decode_latents(run, unet, vae, [latents])
             for image, (_, path) in zip(images, part, strict=True):
                 save_picture(image, path)
@@ -2554,6 +3188,7 @@ class Cache:
     names: list[str]  # of each sample
     digest: str  # of all that is trained on: pixels, prompts, weights
     caption_dropout: float
+    pictures: dict[str, list[str]] = field(default_factory=dict)  # hashes_of_pictures
 
     def moments(self, views: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, std and mask of views of one shape, as Batch has them."""
@@ -2705,7 +3340,29 @@ def build_cache(run: Run, samples: Sequence[Sample], buckets: Sequence[Bucket], 
         prompts=[table.numbers[sample.prompt] for sample in samples],
         names=[f'{sample.path} ("{sample.prompt}")' for sample in samples],
         digest=content_key(seen, weights, [sample.prompt for sample in samples]),
-        caption_dropout=run.args.caption_dropout)
+        caption_dropout=run.args.caption_dropout,
+        pictures=hashes_of_pictures(samples, places, seen))
+
+
+def hashes_of_pictures(samples: Sequence[Sample], places: Sequence[Place],
+                       seen: Sequence[Any]) -> dict[str, list[str]]:
+    """What a resume compares of each picture, by its file's name: a hash of its views, and one of its prompts."""
+    views, prompts = {}, {}
+    for (sample, _), hashes in zip(places, seen, strict=True):
+        name = samples[sample].path.name
+        views.setdefault(name, []).append(hashes)
+        prompts.setdefault(name, []).append(samples[sample].prompt)
+    return {name: [content_key(views[name]), content_key(prompts[name])] for name in views}
+
+
+def changed_pictures(before: dict[str, list[str]], now: dict[str, list[str]]) -> str:
+    """Name the pictures that are gone, new, changed or captioned otherwise since a checkpoint."""
+    both = [name for name in now if name in before]
+    kinds = {
+        "gone": [name for name in before if name not in now], "new": [name for name in now if name not in before],
+        "changed": [name for name in both if now[name][0] != before[name][0]],
+        "with another prompt": [name for name in both if now[name][1] != before[name][1]]}
+    return "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
 
 
 def open_views(store: Store, keys: list[str], device: torch.device, background: float) -> Callable[[int], Tensor]:
@@ -2955,7 +3612,8 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
     passes = looks / args.repeats if looks else args.num_train_epochs
     total_steps = args.max_train_steps or math.ceil(passes * instance_rows / samples_per_step)  # exact where whole
     validation_steps = args.validation_steps or max(1, round(args.validation_epochs * steps_per_epoch))
-    warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps < total_steps else total_steps // 10
+    asked = args.lr_warmup_steps if args.lr_warmup_steps >= 1 else round(args.lr_warmup_steps * total_steps)
+    warmup_steps = asked if asked < total_steps else total_steps // 10
     warmup_steps = min(warmup_steps, total_steps // 20) if planned else warmup_steps
     warmup_steps = 0 if args.lr_scheduler == "constant" else warmup_steps
     return Schedule(total_steps, steps_per_epoch, samples_per_step, validation_steps, warmup_steps)
@@ -3085,6 +3743,9 @@ logging and where things are, may change between start and resume.
 """
 
 
+DATA_HASH = "what the pictures and prompts hash to"
+
+
 def vae_name(args: argparse.Namespace) -> str:
     """The VAE as it was asked for; a single file that is unpacked bears another name."""
     return Path(args.pretrained_vae_model_name_or_path or args.pretrained_model_name_or_path).name
@@ -3098,7 +3759,7 @@ def settings_of(run: Run, digest: str) -> dict[str, Any]:
             "--mixed_precision": run.accelerator.mixed_precision,
             "the base model": Path(run.args.pretrained_model_name_or_path).name,  # its folder may have moved
             "the VAE": vae_name(run.args), "--revision": run.args.revision, "--variant": run.args.variant,
-            "--gradient_accumulation_steps times processes": split, "what the pictures and prompts hash to": digest}
+            "--gradient_accumulation_steps times processes": split, DATA_HASH: digest}
 
 
 @dataclass
@@ -3111,6 +3772,7 @@ class TrainingState:
     scaler: Any
     average: Average
     settings: dict[str, Any]
+    pictures: dict[str, list[str]] = field(default_factory=dict)  # hashes_of_pictures
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -3122,6 +3784,7 @@ class TrainingState:
         return {
             "step": step,
             "settings": self.settings,
+            "pictures": self.pictures,
             "adapters": {name: parameter.detach().cpu() for name, parameter in self.model.adapters.items()},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -3131,12 +3794,15 @@ class TrainingState:
 
     def load(self, folder: Path) -> int:
         """Take up a checkpoint's state; returns its step. Raises UserError if it does not fit, anything if broken."""
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)  # runs no code
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)  # runs no code
         for name, now in self.settings.items():
             then = state["settings"].get(name)
             if then != now:
-                raise UserError(f"--resume_from_checkpoint {folder}: {name} was {then} and is now {now}; a run goes "
-                                "on as it began, so change it back, or start anew in another --output_dir.")
+                changed = changed_pictures(state.get("pictures", {}), self.pictures) if name == DATA_HASH else ""
+                message = f"other pictures or prompts than before ({changed})" if changed else \
+                    f"{name} was {then} and is now {now}"
+                raise UserError(f"--resume_from_checkpoint {folder}: {message}; a run goes on as it began, so change "
+                                "it back, or start anew in another --output_dir.")
         for name, parameter in self.model.adapters.items():
             parameter.data.copy_(state["adapters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -3182,7 +3848,7 @@ def choose_seed(args: argparse.Namespace) -> int:
         return args.seed
     for folder in candidates(args.resume_from_checkpoint, Path(args.output_dir)):
         with suppress(Exception):  # a broken one is told of where it is loaded
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
             return state["settings"]["--seed"]
     return random.SystemRandom().getrandbits(31)
 
@@ -3198,28 +3864,35 @@ def check_alike(step: int, digest: str) -> None:
                         "--class_data_dir too, or copy them to each.")
 
 
-def save_checkpoint(run: Run, state: TrainingState, step: int) -> None:
-    """Write checkpoint-N whole or not at all, then remove the oldest beyond --checkpoints_total_limit."""
+def save_checkpoint(run: Run, state: TrainingState, step: int, total_steps: int) -> None:
+    """Write a checkpoint whole or not at all, then remove the oldest beyond --checkpoints_total_limit.
+
+    It is checkpoint-N, or last-N at the end of a run whose length is no multiple of --checkpointing_steps: scripts
+    that count checkpoints find as many as they expect. The limit does not count last-N, of which the newest is kept.
+    """
     saved, output, keep = state.state_dict(step), run.output, run.args.checkpoints_total_limit
     size = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
-    with written_beside(output / f"checkpoint-{step}", size=size) as folder:
+    is_end = step == total_steps and not due(step, run.args.checkpointing_steps)
+    with written_beside(output / f"{'last' if is_end else 'checkpoint'}-{step}", size=size) as folder:
         folder.mkdir()
         with state.average.shown():
             write_loras(run, folder, state.model)
-        with open(folder / "state.pt", "wb") as file:
+        with open(folder / STATE_FILE, "wb") as file:
             torch.save(saved, file)
-    for old in list_checkpoints(output)[:-keep] if keep else ():
+    regular = [path for path in list_checkpoints(output) if path.name.startswith("checkpoint-")]
+    ends = [path for path in list_checkpoints(output) if path.name.startswith("last-") and step_of(path) != step]
+    for old in (*ends, *(regular[:-keep] if keep else ())):
         doomed = old.with_name(f".{old.name}.tmp")  # a run that is killed meanwhile leaves no half of a checkpoint
         old.replace(doomed)
         remove(doomed)
 
 
-def make_savers(run: Run, state: TrainingState) -> tuple[Callable[[int], None], Callable[[], None]]:
+def make_savers(run: Run, state: TrainingState, total_steps: int) -> tuple[Callable[[int], None], Callable[[], None]]:
     """What writes the checkpoint of a step, and the LoRA files; nothing but on the first rank."""
     if not run.accelerator.is_main_process:
         return lambda step: None, lambda: None
     loras = functools.partial(write_loras, run, run.output, state.model)
-    return functools.partial(save_checkpoint, run, state), state.average.shown()(loras)
+    return functools.partial(save_checkpoint, run, state, total_steps=total_steps), state.average.shown()(loras)
 
 
 BEFORE_TRAINING = ("Stopped before training began. What was encoded and drawn is kept: the same command goes on from "
@@ -3229,8 +3902,8 @@ AFTER_TRAINING = ("Stopped after training. Checkpoint and LoRA are written: the 
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 end the run: at once while it is prepared, after the step in progress while it
-    trains; a second Ctrl-C at once. The clock asks for the same, and for checkpoints.
+    """STOP_SIGNALS end the run: at once while it is prepared, after the step in progress while it trains; a second
+    Ctrl-C at once. The clock asks for the same, and for checkpoints.
     """
 
     def __init__(self, run_minutes: float | None = None, checkpoint_minutes: float | None = None,
@@ -3242,12 +3915,7 @@ class StopSignals:
         self.checkpoint_seconds = 60 * (checkpoint_minutes or math.inf)
 
     def __enter__(self) -> StopSignals:
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            try:
-                signum = getattr(signal, name)
-                self.before[signum] = signal.signal(signum, self.note)
-            except (AttributeError, ValueError):  # no such signal on Windows; no handlers outside the first thread
-                continue
+        self.before = handle_stop_signals(self.note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -3307,16 +3975,15 @@ def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
 def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
                    report: Callable[[], None]) -> Callable[[int], None]:
     """A function that draws the validation pictures of a step and reports; it does nothing without a prompt."""
-    args, accelerator, prompts = run.args, run.accelerator, run.prompts
+    accelerator, prompts, count = run.accelerator, run.prompts, run.args.num_validation_images
     if not prompts:
         return lambda step: None
-    count = args.num_validation_images
     share = range(accelerator.process_index, len(prompts) * count, accelerator.num_processes)
 
     def picture(index: int) -> Tensor:
-        return draw(run, model, table, prompts[index // count], [run.seed + index % count],
-                    args.validation_resolution or args.resolution, args.validation_negative_prompt or "",
-                    args.validation_num_inference_steps, args.validation_guidance_scale)
+        prompt = prompts[index // count]
+        first = run.seed if prompt.seed is None else prompt.seed
+        return draw(run, model, table, prompt, [first + index % count])
 
     @torch.no_grad()
     def validate(step: int) -> None:
@@ -3347,8 +4014,9 @@ def show_pictures(run: Run, step: int, pictures: list[tuple[int, Image.Image]]) 
     """Write `validation/step-N/` and the contact sheet, and tell the trackers."""
     count = run.args.num_validation_images
     for index, image in pictures:
-        save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png", run.prompts[index // count])
-    save_picture(contact_sheet(run.output, run.prompts, count), run.output / "progress.png")
+        save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png", run.prompts[index // count].text)
+    with output_file(run.output / "progress.png") as unfinished:
+        contact_sheet(run.output, [prompt.text for prompt in run.prompts], count).save(unfinished, format="PNG")
     for tracker in run.accelerator.trackers:
         track_pictures(tracker, [np.asarray(image) for _, image in pictures], step)
 
@@ -3356,7 +4024,11 @@ def show_pictures(run: Run, step: int, pictures: list[tuple[int, Image.Image]]) 
 def track_pictures(tracker: Any, arrays: list[np.ndarray], step: int) -> None:
     """Give pictures to a tracker, with their step, in its own way."""
     if tracker.name == "tensorboard":
-        tracker.log_images({"validation": np.stack(arrays)}, step=step, dataformats="NHWC")
+        shapes = dict.fromkeys(array.shape for array in arrays)
+        for height, width, channels in shapes:
+            of_shape = np.stack([array for array in arrays if array.shape == (height, width, channels)])
+            name = "validation" if len(shapes) == 1 else f"validation/{width}x{height}"
+            tracker.log_images({name: of_shape}, step=step, dataformats="NHWC")
     elif tracker.name == "wandb":
         tracker.log_images({"validation": arrays}, step=step)
     elif tracker.name == "trackio":
@@ -3395,7 +4067,7 @@ def contact_sheet(output: Path, prompts: Sequence[str], count: int, side: int = 
         for index, path in pictures_in(folder, prompts, count).items():
             number_, row = divmod(index, count)
             top = 2 * head + number_ * (head + count * (side + gap)) + row * (side + gap)
-            sheet.paste(load_picture(path).resize((side, side), Image.Resampling.LANCZOS), (left, top))
+            sheet.paste(ImageOps.contain(load_picture(path), (side, side), Image.Resampling.LANCZOS), (left, top))
     return sheet
 
 
@@ -3453,11 +4125,11 @@ def usage(run: Run, place: str, prompt: str) -> str:
         lines += [f"vae = AutoencoderKL.from_single_file({vae!r}, config={config_of}, subfolder=\"vae\","
                   " torch_dtype=torch.float16)"]
     elif vae:
-        lines += [f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=torch.float16)"]
+        lines += [f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=torch.float16)"]
     is_file = Path(base).is_file()
     more = {"config": args.single_file_config} if is_file else {"revision": args.revision, "variant": args.variant}
     words = [repr(base), *["vae=vae"] * bool(vae), *(f"{name}={value!r}" for name, value in more.items() if value),
-             f"{'torch_dtype' if is_file else 'dtype'}=torch.float16"]
+             "torch_dtype=torch.float16"]  # before diffusers 0.40 `dtype` is passed over
     lines += [f"pipeline = StableDiffusionXLPipeline.from_{'single_file' if is_file else 'pretrained'}("
               f"{', '.join(words)})"]
     if config.prediction_type == "v_prediction":
@@ -3515,7 +4187,8 @@ def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket])
     picture = ""
     if sheet.exists():
         encoded = base64.b64encode(sheet.read_bytes()).decode()
-        told = escape(f"A column a step, the untrained model first; rows: {'; '.join(run.prompts)}")
+        rows = "; ".join(prompt.text for prompt in run.prompts)
+        told = escape(f"A column a step, the untrained model first; rows: {rows}")
         picture = (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{told}">'
                    f"</div><figcaption>{told}</figcaption></figure>")
     settings = public_settings(args, run.seed).items()
@@ -3527,7 +4200,7 @@ def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket])
         data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
         use=escape(usage(run, str(run.output), with_tokens(args, subject[0].prompt))),
         settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
-    with written_beside(run.output / "report.html") as unfinished:
+    with output_file(run.output / "report.html") as unfinished:
         unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
@@ -3770,38 +4443,88 @@ def share_gradients(accelerator: Accelerator, adapters: Sequence[nn.Parameter]) 
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-def set_aside(output: Path, step: int) -> None:
-    """Move what an earlier run left beyond a step where it is not taken for this one's, and its LoRA with it."""
-    found = [*output.glob("checkpoint-*"), *output.glob("validation/step-*")]
-    later = [path for path in found if re.fullmatch(r"(checkpoint|step)-\d+", path.name)
-             and int(path.name.partition("-")[2]) > step]
-    made = [output / name for name in (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, "README.md", "report.html",
-                                       "progress.png")]
-    if not later and (step or not made[0].exists()):
-        return
-    later += filter(Path.exists, made)
+def move_aside(output: Path, paths: Iterable[Path]) -> Path:
+    """Move files and folders of the output folder into a new one in it, which is returned."""
     place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
-    for path in later:
-        moved = place / path.relative_to(output)
-        moved.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(moved)
-    say([("Earlier", f"what another run left beyond step {step} is now in {place}")])
+    for path in paths:
+        target = place / path.relative_to(output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    return place
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Move to a folder of its own what lies where this run writes, but is not its own: what an earlier run left beyond
+    a step, with that run's files, and what the manifest does not know, which may be the user's.
+    """
+    found = [*output.glob("*-*"), *output.glob("validation/step-*")]
+    steps = {path: int(path.name[5:]) if re.fullmatch(r"step-\d+", path.name) else step_of(path) for path in found}
+    later = [path for path, at in steps.items() if at is not None and at > step]
+    there, manifest = [name for name in OUTPUT_NAMES if (output / name).exists()], read_manifest(output)
+    if step == 0 and (later or LORA_FILE in there):
+        moved = there
+    else:
+        kept = (HISTORY_FILE, CONFIG_FILE) if later else ()
+        moved = [name for name in there if not is_own(output, name, manifest) or (later and name not in kept)]
+    if not later and not moved:
+        return
+    place = move_aside(output, dict.fromkeys([*later, *(output / name for name in moved)]))
+    is_run = later or (step == 0 and LORA_FILE in moved)
+    verb = "is" if len(moved) == 1 else "are"
+    message = f"what another run left beyond step {step} is now in {place}" if is_run else \
+        f"{some(moved)} in {output}, which this script did not write, {verb} now in {place}"
+    say([("Earlier", message)])
+
+
+@contextmanager
+def trackers_of(run: Run) -> Iterator[None]:
+    """Start the trackers before anything expensive, without secrets, and finish them however the run ends.
+
+    Raises UserError for one that does not start; with --report_to all it is left out with a warning.
+    """
+    args, accelerator, started = run.args, run.accelerator, []
+    folder = Path(args.output_dir, args.logging_dir)
+    settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
+                for key, value in public_settings(args, run.seed).items()}
+    if accelerator.is_main_process and accelerator.log_with:
+        folder.mkdir(parents=True, exist_ok=True)
+    for tracker in accelerator.log_with:
+        name = getattr(tracker, "value", tracker)
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        try:
+            with hushed():
+                accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(folder)}})
+            started += accelerator.trackers
+        except Exception as error:  # trackers raise whatever they like
+            message = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
+            if args.report_to != "all":
+                raise UserError(f"--report_to {message}; or leave --report_to {name} out.") from error
+            logger.warning("warning: --report_to all: %s; it is left out.", message)
+    accelerator.trackers = started
+    try:
+        yield
+    finally:
+        finish_trackers(accelerator)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Finish the trackers that still run."""
+    with hushed():
+        for tracker in accelerator.trackers:
+            tracker.finish()
+            if tracker.name == "trackio" and "trackio" in sys.modules:
+                sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
+    accelerator.trackers = []
 
 
 def open_output(run: Run, step: int) -> None:
-    """Make the output folder, leave the run's flags there and begin the tracker's run, without secrets."""
-    args = run.args
-    logging_dir = Path(args.output_dir, args.logging_dir)
+    """Make room in the output folder for this run, and leave its flags there."""
     if run.accelerator.is_main_process:
-        (run.output if args.report_to == "none" else logging_dir).mkdir(parents=True, exist_ok=True)
+        run.output.mkdir(parents=True, exist_ok=True)
         set_aside(run.output, step)
-        with written_beside(run.output / CONFIG_FILE) as unfinished:
-            unfinished.write_text(yaml.safe_dump(public_settings(args, run.seed), allow_unicode=True),
+        with output_file(run.output / CONFIG_FILE) as unfinished:
+            unfinished.write_text(yaml.safe_dump(public_settings(run.args, run.seed), allow_unicode=True),
                                   encoding="utf-8")
-    settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
-                for key, value in public_settings(args, run.seed).items()}
-    with hushed():
-        run.accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(logging_dir)}})
 
 
 class Outcome(NamedTuple):
@@ -3842,7 +4565,8 @@ class Events(NamedTuple):
     monitor: Callable[[int], dict[str, float]]
 
 
-def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str) -> TrainingState:
+def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str,
+               pictures: dict[str, list[str]] | None = None) -> TrainingState:
     """What moves the adapters, before its first step."""
     args, accelerator = run.args, run.accelerator
     optimizer = make_optimizer(args, model, schedule.samples_per_step)
@@ -3851,7 +4575,8 @@ def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str) 
         num_cycles=args.lr_num_cycles, power=args.lr_power)
     optimizer = accelerator.prepare(optimizer)  # not the schedule: accelerate steps it once a process
     average = make_average(args, list(model.adapters.values()), optimizer)
-    return TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest))
+    return TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, average, settings_of(run, digest),
+                         pictures or {})
 
 
 def begin(run: Run, state: TrainingState, digest: str) -> int:
@@ -3863,13 +4588,13 @@ def begin(run: Run, state: TrainingState, digest: str) -> int:
 
 
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective, events: Events,
-          schedule: Schedule, digest: str) -> Outcome:
-    """Train the adapters, resuming where a checkpoint left off; digest is that of the data."""
+          schedule: Schedule, digest: str, pictures: dict[str, list[str]]) -> Outcome:
+    """Train the adapters, resuming where a checkpoint left off; digest is that of the data, pictures of its parts."""
     args, accelerator, last = run.args, run.accelerator, schedule.total_steps
-    state = make_state(run, model, schedule, digest)
+    state = make_state(run, model, schedule, digest, pictures)
     optimizer, lr_scheduler, average, adapters = state.optimizer, state.lr_scheduler, state.average, state.trained
     step = begin(run, state, digest)
-    (save, save_loras), validate = make_savers(run, state), average.shown()(events.validate)
+    (save, save_loras), validate = make_savers(run, state, last), average.shown()(events.validate)
     if step == 0:
         validate(0)
     model.train()
@@ -4006,12 +4731,12 @@ def kohya_dora(model: TrainableSDXL, layers: int) -> dict[str, Tensor]:
     return magnitudes
 
 
-def kohya_metadata(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
+def kohya_metadata(run: Run, tensors: dict[str, Tensor], title: str) -> dict[str, str]:
     """What web UIs show and sort by: sd-scripts' ss_ fields, and ModelSpec 1.0.1."""
     args, step = run.args, max(run.output.glob("validation/step-*/00.png"), default=None)
     content = save(tensors)
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
-    title, trigger = run.output.resolve().name, with_tokens(args, args.instance_prompt or "")
+    trigger = with_tokens(args, args.instance_prompt or "")
     settings = {
         "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
         "network_dim": next(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")),
@@ -4047,18 +4772,21 @@ def thumbnail(path: Path) -> str:
 
 
 def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
-    """Write the LoRA files that are asked for into a folder. Raises TrainingError."""
+    """Write the LoRA files that are asked for into the output folder, or a checkpoint's. Raises TrainingError."""
     dtype, tensors = PRECISIONS[run.args.lora_dtype], lora_tensors(model)
+    is_last, title = folder == run.output, run.output.resolve().name
+    title += "" if is_last else f"-{int(re.search(r'-([0-9]+)', folder.name)[1]):06d}"  # as kohya's trainers write it
+    write = functools.partial(write_lora, open_file=output_file if is_last else written_beside)
     diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    write_lora(folder / LORA_FILE, diffusers_form, lora_metadata(model))
+    write(folder / LORA_FILE, diffusers_form, lora_metadata(model))
     if run.args.train_text_encoder_ti:  # under the names that all readers know
         rows = {name: encoder.get_input_embeddings().rows.detach().cpu().to(dtype).contiguous()
                 for name, encoder in zip(("clip_l", "clip_g"), model.text_encoders, strict=True)}
-        write_lora(folder / EMBEDDINGS_FILE, rows, {"format": "pt"})
+        write(folder / EMBEDDINGS_FILE, rows, {"format": "pt"})
     if run.args.output_kohya_format:
         scales, layers = model.scales(), model.unet.config.layers_per_block
         kohya_form = {**kohya_tensors(diffusers_form, scales, layers), **kohya_dora(model, layers)}
-        write_lora(folder / KOHYA_FILE, kohya_form, kohya_metadata(run, kohya_form))
+        write(folder / KOHYA_FILE, kohya_form, kohya_metadata(run, kohya_form, title))
         check_kohya(folder / KOHYA_FILE, tensors, scales, layers, dtype)
 
 
@@ -4080,12 +4808,84 @@ def check_kohya(path: Path, tensors: dict[str, Tensor], scales: dict[str, float]
         raise TrainingError(f"{path} holds what belongs to no adapter, {next(iter(found))} first; please report this.")
 
 
-def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def read_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A LoRA file's tensors under the names that lora_tensors gives, what is not known by its own name, and the scale
+    of each module's B A. The file may be diffusers' or a web UI's.
+    """
+    found, layers = load_file(path), model.unet.config.layers_per_block
+    with safe_open(path, framework="pt") as file:
+        header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+    modules = [key.removesuffix(".lora_A.weight") for key in lora_tensors(model) if key.endswith(".lora_A.weight")]
+    tensors, scales, settings = {}, {}, json.loads(header)
+    for module in modules:
+        stem, component = kohya_name(module, layers), module.partition(".")[0]
+        if f"{stem}.lora_down.weight" in found:
+            down, up = (found.pop(f"{stem}.lora_{name}.weight") for name in ("down", "up"))
+            tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = down, up
+            scales[module] = float(found.pop(f"{stem}.alpha", len(down))) / len(down)
+        elif f"{module}.lora_A.weight" in found:
+            rank, patterns = len(found[f"{module}.lora_A.weight"]), settings.get(f"{component}.alpha_pattern") or {}
+            own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+            alpha = next(own, settings.get(f"{component}.lora_alpha", rank))
+            scales[module] = alpha / (rank**0.5 if settings.get(f"{component}.use_rslora") else rank)
+    return {**tensors, **found}, scales
+
+
+def begin_with_lora(path: Path, model: TrainableSDXL) -> None:
+    """Set the adapters to a LoRA file's weights, at this run's scale; those that it lacks begin as usual.
+
+    Raises UserError for what the file has and this run does not adapt.
+    """
+    try:
+        tensors, scales = read_lora(path, model)
+        pairs = {"lora_A": "lora_B", "lora_B": "lora_A"}
+        lone = [name for name in tensors for one, other in pairs.items()
+                if one in name and name.replace(one, other) not in tensors]
+        if lone or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ValueError(f"{lone[0]} is alone" if lone else "its weights are not finite")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"--init_lora {path} is damaged ({type(error).__name__}: {first_line(error)}).") from error
+    expected = lora_tensors(model)
+    unknown = sorted(set(tensors) - set(expected))
+    if not scales:
+        raise UserError(f"--init_lora {path} has no layer that this run trains, under the names of diffusers "
+                        "(unet.*.lora_A.weight) or of web UIs (lora_unet_*.lora_down.weight).")
+    if unknown:
+        cure = next((cure for part, cure in INIT_LORA_CURES.items() if part in unknown[0]),
+                    "choose --lora_preset, --lora_layers and --lora_unet_blocks as it was trained")
+        if len(model.text_encoders) and cure == INIT_LORA_CURES["text_encoder"]:
+            cure = "in text encoders only the attention of the layers that SDXL reads can be trained"
+        raise UserError(f"--init_lora {path} has {unknown[0]}, which this run does not train; {cure}.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            is_rank = name.endswith("lora_A.weight") and tensor.shape[1:] == expected[name].shape[1:]
+            cure = f"--rank {len(tensor)} fits, or that block's own rank" if is_rank else "it is of another model"
+            raise UserError(f"--init_lora {path}: {name} is {tuple(tensor.shape)}, and in this run "
+                            f"{tuple(expected[name].shape)}; {cure}.")
+    own = model.scales()
+    for module, scale in scales.items():
+        name = f"{module}.lora_B.weight"
+        tensors[name] = tensors[name].float() * (scale / own[scale_name(module)])
+    for component, part in model.adapted().items():
+        middle = "" if component == "unet" or hasattr(part, "text_model") else "text_model."
+        peft.set_peft_model_state_dict(part, {
+            name.removeprefix(f"{component}.{middle}"): tensor.float() for name, tensor in tensors.items()
+            if name.startswith(f"{component}.")}, adapter_name="default")
+
+
+INIT_LORA_CURES = {
+    "dora_scale": "a web UI's file of DoRA cannot be read; use the diffusers file of the same run",
+    "lora_magnitude_vector": "add --use_dora", "text_encoder": "add --train_text_encoder",
+    "lora_te": "add --train_text_encoder"}
+
+
+def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str],
+               open_file: Callable[..., AbstractContextManager[Path]] = written_beside) -> None:
     """Write a LoRA file, once what was written reads back as what was to be written. Raises TrainingError."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise TrainingError(f"the adapters are not finite; {path} was not written. A lower --learning_rate helps.")
     data = save(tensors, metadata)  # save_file makes files that only their owner can read
-    with written_beside(path, size=len(data)) as unfinished:
+    with open_file(path, size=len(data)) as unfinished:
         unfinished.write_bytes(data)
         with safe_open(unfinished, framework="pt") as file:
             same = set(file.keys()) == set(tensors) and file.metadata() == metadata
@@ -4138,6 +4938,8 @@ Use `{trigger}` in your prompt.
 
 ## Use it
 
+With diffusers 0.34 or newer: older ones may draw at another strength, as they pass over alpha.
+
 ```python
 {usage}
 ```
@@ -4186,7 +4988,8 @@ def table_rows(facts: dict[str, str]) -> str:
 def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts: dict[str, str]) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
     args, base = run.args, run.args.pretrained_model_name_or_path
-    trigger, drawn, count = with_tokens(args, trigger_of(args, subject)), run.prompts, args.num_validation_images
+    trigger, count = with_tokens(args, trigger_of(args, subject)), args.num_validation_images
+    drawn = [prompt.text for prompt in run.prompts]
     gallery, samples = pictures_in(validation_folder(run.output, step), drawn, count), write_samples(run, subject)
 
     def address(path: Path) -> str:
@@ -4208,7 +5011,7 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts:
         "this repository holds no file for them; `--output_kohya_format` writes one.",
         facts=table_rows({**facts, "Trained": f"{step} steps"}), samples=shown, command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
-    with written_beside(run.output / "README.md") as unfinished:
+    with output_file(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
     return [*gallery.values(), *samples]
 
@@ -4405,7 +5208,9 @@ class Rehearsal:
         self.run, self.args, self.meter = run, run.args, MemoryMeter("meta")
         self.encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
         self.resolution, self.side = run.args.resolution, run.args.resolution // run.vae_factor
-        self.drawn = (run.args.validation_resolution or run.args.resolution) // run.vae_factor
+        largest = max(run.prompts, key=lambda prompt: prompt.height * prompt.width, default=None)
+        height, width = (largest.height, largest.width) if largest else (self.resolution, self.resolution)
+        self.drawn = height // run.vae_factor, width // run.vae_factor
         self.objective = make_objective(run.args, run.scheduler, torch.device("meta"))
 
     @functools.cached_property
@@ -4450,13 +5255,13 @@ class Rehearsal:
         if not checkpointed(self.args):
             self.packed_unet(self.run.dtype)
         vae = self.vae()
-        vae.decode(torch.empty(1, 4, self.drawn, self.drawn, dtype=vae.dtype))
+        vae.decode(torch.empty(1, 4, *self.drawn, dtype=vae.dtype))
 
-    def drawing(self, rows: int, dtype: torch.dtype, side: int) -> None:
+    def drawing(self, rows: int, dtype: torch.dtype, size: tuple[int, int]) -> None:
         """One denoising step of `rows` pictures with guidance."""
         unet, (embeds, pooled) = self.packed_unet(dtype), self.text(2 * rows, dtype)
         added = {"text_embeds": pooled, "time_ids": torch.empty(2 * rows, 6)}
-        latents = torch.empty(2 * rows, 4, side, side, dtype=dtype)
+        latents = torch.empty(2 * rows, 4, *size, dtype=dtype)
         unet(latents, torch.tensor(1), embeds, added_cond_kwargs=added)
 
     @torch.enable_grad()
@@ -4486,7 +5291,8 @@ class Rehearsal:
 
 
 PHASES: dict[str, Callable[[Rehearsal], None]] = {
-    "class pictures": lambda room: room.drawing(drawn_at_once(room.args), class_dtype(room.run), room.side),
+    "class pictures": lambda room: room.drawing(drawn_at_once(room.args), class_dtype(room.run),
+                                                (room.side, room.side)),
     "latents": Rehearsal.pictures,
     "validation": lambda room: room.drawing(1, room.run.dtype, room.drawn),
     "decoding": Rehearsal.decoding,
@@ -4621,14 +5427,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set accelerate up. Raises UserError for what does not work here, TrainingError if no other process is found."""
     if args.local_rank >= 0 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    trackers = [name for name in TRACKERS if args.report_to == name or args.report_to == "all"
-                and importlib.util.find_spec(name) is not None]
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
     timeout = timedelta(seconds=args.ddp_timeout)
     try:
         meet_again(timeout)
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
+            mixed_precision=args.mixed_precision, log_with=chosen_trackers(args), project_config=project,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     except ValueError as error:
         cure = "; use --mixed_precision bf16 or no" if "precision" in str(error) else ""
@@ -4744,7 +5548,7 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
         "Base": f"{args.pretrained_model_name_or_path} in {run.accelerator.mixed_precision.replace('no', 'fp32')}"
                 f"{packed} on {run.device}{prediction_of(run.scheduler)}",
         "VAE": args.pretrained_vae_model_name_or_path or "",
-        "LoRA": describe_adapters(run),
+        "LoRA": describe_adapters(run) + (f"; begins as {Path(args.init_lora).name}" if args.init_lora else ""),
         "Optimizer": f"{args.optimizer}, rate {args.learning_rate * scale:g}, {args.lr_scheduler}"
                      + f", {schedule.warmup_steps} steps of warm-up" * bool(schedule.warmup_steps),
         "Steps": f"{schedule.total_steps} of {batch} pictures at {args.resolution} px, which is {passes:.0f} passes; "
@@ -4819,7 +5623,7 @@ def main(args: argparse.Namespace) -> None:
             say_estimate(run, budget)
             return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
-        with alone_in(run.output, run.store.folder), explained(run):
+        with alone_in(run.output, run.store.folder), trackers_of(run), explained(run):
             teach(run, objective, repo, subject, buckets, schedule, facts, started)
 
 
@@ -4858,14 +5662,12 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     events = Events(make_validator(run, model, table, report), make_settler(args, model, table, schedule.total_steps),
                     make_monitor(run, model, cache, table, objective))
     outcome = train(run, model, functools.partial(cache.batch, table, order), objective, events, schedule,
-                    cache.digest)
+                    cache.digest, cache.pictures)
     run.stop.at_once = AFTER_TRAINING
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, facts, report, (time.perf_counter() - started) / 60)
-    with hushed():
-        if args.report_to in ("trackio", "all") and "trackio" in sys.modules:
-            sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
-        run.accelerator.end_training()
+    finish_trackers(run.accelerator)
+    run.accelerator.end_training()
     if outcome.stopped_by:
         command = f"accelerate launch {quoted(Path(__file__))} --config {quoted(run.output / CONFIG_FILE)}"
         raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. Go on "
@@ -4879,7 +5681,8 @@ def quoted(path: Path) -> str:
 
 def prompts_of(run: Run, samples: Iterable[Sample]) -> list[str]:
     """All prompts that a run needs, but the empty one."""
-    others = (*run.prompts, run.args.validation_negative_prompt, run.args.class_prompt)
+    drawn = (text for prompt in run.prompts for text in (prompt.text, prompt.negative_prompt))
+    others = (*drawn, run.args.class_prompt)
     return [*(sample.prompt for sample in samples), *filter(None, others)]
 
 

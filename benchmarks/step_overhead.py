@@ -84,6 +84,7 @@ def time_steps(base: Path, out: Path, pairs: int, flags: list[str]) -> list[tupl
         events: trainer.Events,
         schedule: trainer.Schedule,
         digest: str,
+        pictures: dict[str, list[str]],
     ) -> trainer.Outcome:
         bare = make_bare_step(model, batch_at(0))
         optimizer_step = [time.perf_counter()]
@@ -99,7 +100,7 @@ def time_steps(base: Path, out: Path, pairs: int, flags: list[str]) -> list[tupl
             optimizer_step[0] = time.perf_counter()
             return batch_at(n)
 
-        return original(run, model, batch_and_clock, objective, events, schedule, digest)
+        return original(run, model, batch_and_clock, objective, events, schedule, digest, pictures)
 
     trainer.train = paired
     trainer.main(args)

@@ -99,9 +99,9 @@ def unfinished(output: Path, what: str, step: int) -> Path | None:
     names = os.listdir(output) if (output.parent / "resumed").exists() else []
     if what == "saving":
         return output / f".{trainer.LORA_FILE}.tmp" if f".{trainer.LORA_FILE}.tmp" in names else None
-    whole = max((int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name)), default=0)
+    whole = max((step for name in names if (step := trainer.step_of(Path(name)))), default=0)
     for name in names:
-        found = re.fullmatch(r"\.checkpoint-(\d+)\.tmp", name)  # an old one is renamed so before it is removed
+        found = re.fullmatch(r"\.(?:checkpoint|last)-(\d+)\.tmp", name)  # so is an old one before it is removed
         if found and step <= max(whole, int(found[1])) and (int(found[1]) > whole) == (what == "writing"):
             return output / name
     return None

@@ -67,7 +67,8 @@ def test_the_token_leaves_the_process_title(train, hub, tmp_path):
     words = train.words(hub_token=TOKEN, rank="x")
     probe = (
         "import os, sys, runpy\nreal = os.execv\n"
-        "def execv(path, words):\n    print(words, os.environ['HF_TOKEN'])\n    real(path, [path, '-c', 'print(1)'])\n"
+        "def execv(path, words):\n    print(words, os.environ['HF_TOKEN'], flush=True)\n"
+        "    real(path, [path, '-c', 'print(1)'])\n"
         f"os.execv = execv\nsys.argv = ['x.py', *{words!r}]\n"
         f"runpy.run_path({str(trainer.__file__)!r}, run_name='__main__')"
     )

@@ -246,7 +246,7 @@ import train_dreambooth_lora_sdxl as trainer
 real = trainer.draw
 def draw(run, model, table, prompt, seeds, *others, **keywords):
     with open(f"{os.environ['DRAWN']}/{os.environ['RANK']}", "a") as file:
-        print(prompt, *seeds, sep="|", file=file)
+        print(prompt.text, *seeds, sep="|", file=file)
     return real(run, model, table, prompt, seeds, *others, **keywords)
 trainer.draw = draw
 with trainer.one_sentence():
@@ -312,7 +312,7 @@ def begin(command: list[str], output: Path) -> subprocess.Popen:
 def only_checkpoint(output: Path) -> Path:
     """The checkpoint that the signal asked for; it loads."""
     (checkpoint,) = trainer.list_checkpoints(output)
-    assert torch.load(checkpoint / "state.pt")["step"] == int(checkpoint.name[11:]) > 0
+    assert torch.load(checkpoint / "state.pt")["step"] == trainer.step_of(checkpoint) > 0
     return checkpoint
 
 
@@ -343,8 +343,8 @@ def test_two_ranks_and_their_launcher_that_are_terminated_leave_a_checkpoint(tra
     told = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and "lost another one" not in told
     assert told.count("checkpoint and LoRA are written. Go on with") == 1
-    step = only_checkpoint(output).name[11:]
-    again = {**SIGNALLED, "max_train_steps": int(step) + 1, "gradient_accumulation_steps": 2}
+    step = trainer.step_of(only_checkpoint(output))
+    again = {**SIGNALLED, "max_train_steps": step + 1, "gradient_accumulation_steps": 2}
     assert (train(**again) / f"checkpoint-{step}").exists()
 
 

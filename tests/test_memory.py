@@ -87,7 +87,7 @@ def test_lora_over_a_packed_base_trains_validates_resumes_and_reloads(train, tmp
     assert set(plain) == set(ours) and not all(torch.equal(ours[name], plain[name]) for name in ours)
     from diffusers import StableDiffusionXLPipeline
 
-    StableDiffusionXLPipeline.from_pretrained(tiny).load_lora_weights(whole)
+    StableDiffusionXLPipeline.from_pretrained(tiny).load_lora_weights(whole, weight_name=trainer.LORA_FILE)
 
 
 def test_a_packed_unet_holds_its_linear_layers_in_a_byte_or_half(train):
@@ -307,7 +307,7 @@ def test_the_estimate_of_the_other_phases_is_what_happens(train, tmp_path, monke
     device, decode = Device(monkeypatch), trainer.decode_latents
     picture = [Image.new("RGB", (64, 64))]
     monkeypatch.setattr(trainer, "decode_latents", lambda run, unet, vae, latents: picture * sum(map(len, latents)))
-    monkeypatch.setattr(trainer.draw.__wrapped__, "__defaults__", ("", 2, trainer.GUIDANCE_SCALE))
+    monkeypatch.setattr(trainer, "INFERENCE_STEPS", 2)
 
     def validation():
         trainer.make_validator(run, trainer.load_trainable(run), table, lambda: None)(0)
@@ -332,7 +332,7 @@ def test_the_estimate_of_the_other_phases_is_what_happens(train, tmp_path, monke
 def test_a_large_picture_takes_the_vae_half_the_memory_for_the_same_answer(monkeypatch, dtype):
     """Strips against diffusers' own layers, of which one norm sees the whole picture."""
     source = trainer.Source(str(ROOT / "examples" / "toy_world" / "model"))
-    usual = AutoencoderKL.from_pretrained(source.name, subfolder="vae", dtype=dtype).eval()
+    usual = AutoencoderKL.from_pretrained(source.name, subfolder="vae", torch_dtype=dtype).eval()
     lean = trainer.load_part(source, "vae", dtype, torch.device("cpu"))
     pixels = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)).to(dtype) * 2 - 1
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_a_run_goes_on_though_its_file_has_moved(train, tiny, single, tmp_path):
     moved.parent.mkdir()
     shutil.copy(single, moved)
     output = train(**flags, pretrained_model_name_or_path=moved, resume_from_checkpoint="latest")
-    assert (output / "checkpoint-3").exists()
+    assert (output / "last-3").exists()
 
 
 @pytest.mark.parametrize(("markers", "spacing"), [(("v_pred",), "leading"), (("v_pred", "ztsnr"), "trailing")])

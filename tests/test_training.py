@@ -169,12 +169,12 @@ def test_trap_10_validation_draws_what_a_user_draws(train, tiny, precision, enco
         lora_alpha=8,
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        tiny, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+        tiny, torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
     for step, loaded in ((0, False), (3, True)):
         if loaded:
-            pipeline.load_lora_weights(output)
+            pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
         for index in range(2):
             drawn = pipeline(
                 prompt, num_inference_steps=25, generator=torch.Generator().manual_seed(1 + index), height=16, width=16
@@ -289,7 +289,7 @@ def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypat
     dtypes, draw, decode_latents = [], trainer.draw, trainer.decode_latents
 
     def noted_draw(run, model, table, prompt, *rest):
-        dtypes.extend([model.unet.dtype, table.of(prompt)[0].dtype])
+        dtypes.extend([model.unet.dtype, table.of(prompt.text)[0].dtype])
         return draw(run, model, table, prompt, *rest)
 
     def noted_decode(run, unet, vae, latents):
