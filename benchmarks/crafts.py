@@ -198,7 +198,7 @@ class Eyes:
 
     def draw(self, prompts: Sequence[str], seeds: Iterable[int], lora: Path | None) -> list[Image.Image]:
         """One picture a prompt; eight steps of DPM-Solver++ are as good here as 25 of Euler."""
-        pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", dtype=torch.float32)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         if lora:

@@ -87,7 +87,7 @@ def measure(subject: str, lora: Path | None, judge: Judge, a_place: int) -> tupl
     of the mean square, of 255 grey levels.
     """
     class_name = SUBJECTS[subject]
-    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     count = a_place * len(PLACES)
     before = draw(pipeline, [f"a photo of a {class_name}"] * count)

@@ -51,7 +51,7 @@ def test_what_is_drawn_is_what_a_user_draws_and_a_resumed_run_is_the_same(train,
     output = train(**flags, output_dir=tmp_path / "a")
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     drawn = pipeline("a dog", num_inference_steps=25, generator=torch.Generator().manual_seed(1), height=16, width=16)
     ours = Image.open(output / "validation/step-000004/00.png")
     difference = torch.tensor(list(ours.tobytes())) - torch.tensor(list(drawn.images[0].tobytes()))
@@ -84,7 +84,7 @@ def test_web_uis_make_the_same_weights(train, tiny, kind):
     assert len({tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}) == 1
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
     base = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     for name, layer in pipeline.unet.named_modules():
         if hasattr(layer, "lora_A"):
             layer.merge()

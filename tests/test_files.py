@@ -26,7 +26,7 @@ def test_the_lora_file_restores_rank_and_alpha_by_itself(train, tiny):
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 (safetensors has no iterator)
     assert settings["unet.r"] == 6 and settings["text_encoder_2.lora_alpha"] == 3
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         config = part.peft_config["default_0"]
         assert (config.r, config.lora_alpha) == (6, 3)
@@ -35,7 +35,7 @@ def test_the_lora_file_restores_rank_and_alpha_by_itself(train, tiny):
 def test_every_adapter_arrives_in_the_users_pipeline(train, tiny):
     output = train(train_text_encoder=True, max_train_steps=3, text_encoder_lr=1e-2)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     loaded = {}
     for component in ("unet", "text_encoder", "text_encoder_2"):
         for name, parameter in getattr(pipeline, component).named_parameters():

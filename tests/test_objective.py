@@ -389,7 +389,7 @@ def drawn_by_a_user(folder, output, prompt, scheduler=None):
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.scheduler = scheduler or pipeline.scheduler
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     seeded = torch.Generator().manual_seed(1)
     return pipeline(prompt, num_inference_steps=25, generator=seeded, height=16, width=16).images[0].tobytes()
 

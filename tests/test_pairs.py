@@ -183,7 +183,7 @@ def test_it_moves_draws_and_resumes(train, tiny, playground, cache, masks, tmp_p
 def drawn_by_a_user(base: Path, output: Path, flags: dict, prompt: str) -> Image.Image:
     """What the file draws in diffusers' own pipeline, around a base that is packed as the trained one was."""
     dtype = torch.bfloat16 if flags.get("mixed_precision") == "bf16" else torch.float32
-    pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=dtype)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     if flags.get("prediction_type"):
         zero_snr = "rescale_betas_zero_snr" in flags

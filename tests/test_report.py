@@ -64,7 +64,7 @@ def test_the_code_loads_what_was_trained_on(train, tmp_path):
     args = {**vars(run.args), "revision": "abc", "variant": "fp16", "push_to_hub": True}
     run = trainer.replace(run, args=trainer.argparse.Namespace(**args))
     here, there = (trainer.usage(run, place, "a dog") for place in (str(run.output), "me/dog"))
-    assert "revision='abc', variant='fp16', dtype=torch.float16)" in here
+    assert "revision='abc', variant='fp16', torch_dtype=torch.float16)" in here
     assert f"load_file('{run.output}/embeddings.safetensors')" in here and "hf_hub_download" not in here
     assert "hf_hub_download('me/dog', 'embeddings.safetensors')" in there
 

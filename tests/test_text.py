@@ -129,7 +129,7 @@ def test_encoders_stop_for_real(train, tiny, tmp_path, share):
         assert all(same[key] for key in last if key.startswith("text_encoder"))
         assert not all(same[key] for key in last if key.startswith("unet"))
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     assert picture(output, 6) == drawn_by_a_user(pipeline, "a dog")
     for step in (1, 4):
         again = train(**flags, output_dir=tmp_path / f"b{step}", resume_from_checkpoint=output / f"checkpoint-{step}")
@@ -160,7 +160,7 @@ def test_clip_skip_is_diffusers_clip_skip(train, tiny, encoders):
     flags = {"clip_skip": 1, "validation_prompt": "a dog", "num_validation_images": 1, "text_encoder_lr": 1e-2}
     output = train(**flags, train_text_encoder=encoders)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
-    pipeline.load_lora_weights(output)
+    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
     assert picture(output, 2) == drawn_by_a_user(pipeline, "a dog", clip_skip=1)
     assert picture(output, 2) != drawn_by_a_user(pipeline, "a dog")
     assert "clip_skip=1" in (output / "README.md").read_text()

@@ -1,5 +1,6 @@
 """The bundled model is good, the judge can be trusted, and the trainer knows nothing of either."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from conftest import ROOT, SCRIPT
 from diffusers import StableDiffusionXLPipeline
 from judge import Judge
 from scene import CLASSES, COLOURS, PLACES, SUBJECTS, Scene, draw
+
+import train_dreambooth_lora_sdxl as trainer
 
 MODEL = ROOT / "examples" / "toy_world" / "model"
 
@@ -45,7 +48,7 @@ def test_the_judge_knows_the_subjects_and_is_not_fooled_by_their_colour(judge):
 
 
 def test_the_model_draws_what_it_is_told(judge):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     told = [(CLASSES[i % 5], list(COLOURS)[i % 7], PLACES[i // 2 % 6]) for i in range(200)]
     images = []
@@ -72,3 +75,19 @@ def test_the_model_is_small_and_the_trainer_knows_nothing_of_it():
 def test_five_pictures_of_each_subject():
     for subject in SUBJECTS:
         assert len(list((Path(MODEL).parent / "subjects" / subject).glob("*.png"))) == 5
+
+
+def test_the_model_is_read_alike_by_old_and_new_libraries():
+    """Its tokenizers and weights have the names that transformers 4 and 5 both read; the numbers are of 5.23."""
+    source = trainer.Source(str(MODEL))
+    ids = trainer.tokenize_prompts(source, ["a photo of a sks dog in a bucket"])
+    assert ids[0][0, :12].tolist() == [630, 320, 566, 628, 320, 617, 607, 626, 320, 528, 631, 631]
+    assert ids[1][0, :12].tolist() == [630, 320, 566, 628, 320, 617, 607, 626, 320, 528, 631, 0]
+    embeds, pooled = trainer.encode_prompts(source, ids, torch.float32, torch.device("cpu"))
+    assert embeds.shape == (1, 24, 128)
+    torch.testing.assert_close(embeds[..., :64].abs().sum().item(), 538.744, rtol=1e-4, atol=0)
+    for part in ("tokenizer", "tokenizer_2"):
+        vocabulary = json.loads((MODEL / part / "vocab.json").read_text(encoding="utf-8"))
+        merges = (MODEL / part / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        theirs = json.loads((MODEL / part / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        assert vocabulary == theirs["vocab"] and [line.split() for line in merges] == theirs["merges"]
