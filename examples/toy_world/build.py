@@ -427,7 +427,8 @@ def save_in_half(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
         write_vocabulary(folder / part)  # beside tokenizer.json, which transformers 5 writes alone
     encoder = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(encoder)  # transformers 5 drops the prefix that its older versions expect, and reads both
-    save_file({f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}, encoder, {"format": "pt"})
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    save_file(named, encoder, {"format": "pt"})
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(
         json.dumps({k: v for k, v in index.items() if k != "_name_or_path"}, indent=2) + "\n"
