@@ -67,6 +67,7 @@ import math
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -194,10 +195,12 @@ def leave(signum: int, frame: object) -> NoReturn:
 
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Set a handler for STOP_SIGNALS, but not for ignored ones, such as SIGHUP under nohup; returns the old ones."""
+    """Set a handler for STOP_SIGNALS and return the old ones; under nohup SIGHUP stays ignored."""
     before = {}
-    for signum in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
+    for name in STOP_SIGNALS:
+        signum = getattr(signal, name, None)  # None: another system's
+        is_nohup = name == "SIGHUP" and signum and signal.getsignal(signum) is signal.SIG_IGN
+        if signum and not is_nohup:  # a shell ignores SIGINT for every background job
             with suppress(ValueError):  # no handlers outside the main thread
                 before[signum] = signal.signal(signum, handler)
     return before
@@ -207,19 +210,25 @@ class TolerantOutput(io.FileIO):
     """A stream that goes nowhere once its reader is gone: a closed terminal, `| head`, a full disk."""
 
     def write(self, data: Any) -> int:
-        """Write what the reader takes, and drop the rest."""
+        """Write what the reader takes; without a reader, nothing."""
         try:
-            return super().write(data) or len(data)  # None: the reader of a non-blocking pipe is slow
+            while (written := super().write(data)) is None:  # a non-blocking pipe with a slow reader
+                select.select([], [self], [], 1)
+            return written
         except OSError:
             return len(data)
 
 
 def keep_writing() -> None:
-    """Let no reader of stdout or stderr that goes away, or was never there, end the run."""
+    """Go on when stdout or stderr has no reader any more, or was closed from the start."""
+    for descriptor in range(3) if os.name == "posix" else ():
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would take this number, and be printed into
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in ((1, "stdout"), (2, "stderr")) if os.name == "posix" else ():
-        stream = getattr(sys, name)
-        if stream is None:  # closed at the start: the next file that is opened must not take its number
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the process's life)
+        stream = getattr(sys, name) or open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (it stays)
+        if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:  # a notebook's, or redirected
             continue
         stream.flush()
         raw = TolerantOutput(number, "w", closefd=False)
@@ -269,7 +278,7 @@ def number(kind: type, low: float, strict: bool = False, high: float = 10**9,
 def steps_or_share(text: str) -> int | float:
     """An argparse type: optimizer steps, or a share of them below 1."""
     try:
-        return number(int, 0)(text)
+        return number(int, 0)(text.removesuffix(".0"))  # YAML writers make 100 a float
     except argparse.ArgumentTypeError as error:
         with suppress(ValueError):
             if 0 < float(text) < 1:
@@ -433,8 +442,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--repeats", type=FEW, default=1, help="times that each picture counts, each with its own crop and flip")
     add("--resolution", type=square_side, default=1024,
         help="side of the square that is trained on; a multiple of 8")
-    add("--masked_loss", action=YES_NO, default=False, help="learn the subject, not its surroundings: what is opaque")
-    add("--mask_dir", metavar="DIR", help="masks by the pictures' names, white where the subject is; default: alpha")
+    add("--masked_loss", action=YES_NO, default=False,
+        help="learn the subject, not its surroundings: what is white in a mask beside the picture, or else opaque")
+    add("--mask_dir", metavar="DIR", help="masks by the pictures' names; default: beside them, or else their alpha")
     add("--background_loss_weight", type=number(float, 0, strict=True, high=1), default=0.1,
         help="what the background counts with --masked_loss")
     add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
@@ -569,7 +579,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--local_rank", type=int, default=-1, help="set by old launchers; accelerate knows the rank without it")
 
     add = parser.add_argument_group("looking at it").add_argument
-    add("--validation_prompt", action="append", help="drawn before, during and after training; may be given again")
+    add("--validation_prompt", action="append",
+        help="generated before, during and after training; may be given again; may end with options as below")
     add("--validation_prompts", metavar="FILE",
         help="more of them, one a line, as kohya's trainers read them: # comments, and after a prompt --n NEGATIVE "
              "--w WIDTH --h HEIGHT --d SEED --s STEPS --l GUIDANCE")
@@ -582,7 +593,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
     add("--monitor_steps", type=COUNT, metavar="N",
         help="every N steps tell fit (loss on the subject) and drift (of --class_prompt), at the same noise each time")
-    add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard", help="all: those that are installed")
+    add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard",
+        help="all: those that are installed and have a login")
     add("--logging_dir", default="logs", help="of the tracker, inside --output_dir unless absolute")
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="debug lets libraries talk")
 
@@ -607,8 +619,11 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     return parser
 
 
-def config_as_words(parser: Parser, path: str) -> list[str]:
-    """Read a YAML file of flags as words of a command line. Raises UserError naming the file and the key."""
+def config_as_words(parser: Parser, path: str, is_folder_given: bool) -> list[str]:
+    """Read a YAML file of flags as words of a command line. Raises UserError naming the file and the key.
+
+    is_folder_given: the command line has an --output_dir.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -620,7 +635,7 @@ def config_as_words(parser: Parser, path: str) -> list[str]:
     if strangers:
         parser.unknown(strangers, f"--config {path}")
     words = []
-    for key, value in follow_moved_run(Path(path), values).items():
+    for key, value in follow_moved_run(Path(path), values, is_folder_given).items():
         is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
         if isinstance(known[key], argparse._AppendAction) and isinstance(value, list):
             words += [f"--{key}={entry}" for entry in value]
@@ -639,27 +654,41 @@ def expand_path(flag: str, text: str) -> str:
     if not re.search(r"^~|\$", text) or os.path.exists(text):
         return text
     path = os.path.expandvars(os.path.expanduser(text))
-    unset = re.search(r"\$(\w+|\{\w+\})", path)
+    unset = re.search(r"^~[^/]*|\$\w+|\$\{[^}]*\}?", path)
     if unset:
-        raise UserError(f"--{flag} {text}: the variable {unset[0]} is not set; set it, or write the path out.")
+        kind = "user" if unset[0].startswith("~") else "variable"
+        raise UserError(f"--{flag} {text}: the {kind} {unset[0]} is not set; set it, or write the path out.")
     return path
 
 
-def follow_moved_run(config: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run's own configuration file, or a copy beside it, with its folder and the paths in it where
-    the file lies now.
+def follow_moved_run(config: Path, values: dict[str, Any], is_folder_given: bool) -> dict[str, Any]:
+    """Return a run's settings with the folder where its configuration file, or a copy beside it, lies now.
+
+    Paths within that folder follow, too. Raises UserError if the run's own file was edited, as it is not known then
+    whether the folder was moved or another one is wanted.
     """
-    before, now, own = values.get("output_dir"), config.parent, {}
+    before, now, own = values.get("output_dir"), config.parent.resolve(), {}
     with suppress(OSError, ValueError, yaml.YAMLError):
         own = yaml.safe_load((now / CONFIG_FILE).read_text(encoding="utf-8"))
     is_in_run = isinstance(own, dict) and own.get("output_dir") == before and (
         (now / HISTORY_FILE).exists() or list_checkpoints(now))
     if not is_in_run or not isinstance(before, str):
         return values
-    if Path(expand_path("output_dir", before)).resolve() == now.resolve():
+    if Path(expand_path("output_dir", before)).resolve() == now:
         return values
-    return {key: str(now / Path(value).relative_to(before)) if key in PATH_FLAGS and isinstance(value, str)
-            and Path(value).is_relative_to(before) else value for key, value in values.items()}
+    if not is_own(now, CONFIG_FILE, read_manifest(now)):
+        if is_folder_given:
+            return values
+        raise UserError(f"--config {config} lies in {now}, but says output_dir: {before}; add --output_dir to the "
+                        "command, with the one that is meant.")
+
+    def moved(value: Any) -> Any:
+        is_inside = isinstance(value, str) and Path(before).parts and Path(value).is_relative_to(before)
+        inside = now / Path(value).relative_to(before) if is_inside else None
+        return str(inside) if inside and inside.exists() else value
+
+    return {**{key: moved(value) if key in PATH_FLAGS else value for key, value in values.items()},
+            "output_dir": str(now)}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -667,9 +696,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
-    parser = make_parser()
-    config = early.parse_known_args(argv)[0].config
-    words = config_as_words(parser, expand_path("config", config)) if config else []
+    early.add_argument("--output_dir")
+    parser, (known, _) = make_parser(), early.parse_known_args(argv)
+    config = expand_path("config", known.config) if known.config else ""
+    words = config_as_words(parser, config, bool(known.output_dir)) if config else []
     if any(word.split("=")[0] == "--validation_prompt" for word in argv):  # it replaces the file's, adding nothing
         words = [word for word in words if not word.startswith("--validation_prompt=")]
     args, strangers = parser.parse_known_args(words + argv)
@@ -721,16 +751,16 @@ def check_folders(args: argparse.Namespace) -> None:
     """Where files come from and go to. Raises UserError."""
     for looked_at in (masks_by_name, dataset_version):  # by an earlier run in the same notebook
         looked_at.cache_clear()
-    goes_on = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
-    if args.init_lora and not goes_on and not safetensors_header(Path(args.init_lora)):
-        found = "no whole safetensors file" if Path(args.init_lora).is_file() else "no file"
-        raise UserError(f"--init_lora {args.init_lora} is {found}; name a LoRA's .safetensors file on this disk.")
-    for flag in ("output_dir", "cache_latents_dir"):
-        if getattr(args, flag):
-            check_writable(f"--{flag}", Path(getattr(args, flag)))
-    if args.report_to != "none":
-        check_writable("--logging_dir", Path(args.output_dir, args.logging_dir))
-    check_not_anothers(Path(args.output_dir))
+    output = Path(args.output_dir)
+    goes_on = find_checkpoint(args.resume_from_checkpoint, output)
+    if args.init_lora and not goes_on:
+        check_init_lora(Path(args.init_lora), output)
+    places = [("--output_dir", output), ("--output_dir", output / "validation"),
+              ("--cache_latents_dir", Path(args.cache_latents_dir)) if args.cache_latents_dir else
+              ("--output_dir", output / "cache"), ("--logging_dir", output / args.logging_dir)]
+    for place in places[:None if args.report_to != "none" else -1]:
+        check_writable(*place)
+    check_not_anothers(output)
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name."
                         if args.dataset_name is None else "--instance_data_dir and --dataset_name exclude each other.")
@@ -742,6 +772,16 @@ def check_folders(args: argparse.Namespace) -> None:
         if not pictures:
             check_not_in_subfolders("--class_data_dir", Path(args.class_data_dir))
         check_pictures("--class_data_dir", pictures)
+
+
+def check_init_lora(path: Path, output: Path) -> None:
+    """Check that a file to begin with is a whole one, and not where this run's own goes. Raises UserError."""
+    if not safetensors_header(path):
+        found = "no whole safetensors file" if path.is_file() else "no file"
+        raise UserError(f"--init_lora {path} is {found}; name a LoRA's .safetensors file on this disk.")
+    if path.absolute().parent == output.absolute():
+        raise UserError(f"--init_lora {path} is in --output_dir, where this run's own LoRA goes; choose another "
+                        "--output_dir.")
 
 
 def check_apart(args: argparse.Namespace) -> None:
@@ -776,7 +816,7 @@ def check_subject(args: argparse.Namespace) -> None:
 def check_masks(args: argparse.Namespace, pictures: Sequence[Path]) -> None:
     """All masks are whole and fit their pictures, and there are some. Raises UserError."""
     masks = masks_by_name(str(args.mask_dir or pictures_folder(args)), args.recursive, beside=args.mask_dir is None)
-    check_pictures("--mask_dir" if args.mask_dir else "--masked_loss", list(masks.values()))
+    check_pictures("--mask_dir" if args.mask_dir else "--masked_loss", list(dict.fromkeys(masks.values())), read_mask)
     bare = [path.name for path in pictures if load_mask(args, path) is None]
     if len(bare) == len(pictures):
         raise UserError(f"--masked_loss finds no mask: no picture of {args.mask_dir or pictures_folder(args)} "
@@ -840,6 +880,9 @@ def check_adapter_flags(args: argparse.Namespace) -> None:
     ranks = {args.rank, *(rule.rank for rule in rules_of(args) if rule.rank is not None)}
     if args.init_lora and args.lora_init != "gaussian":
         raise UserError(f"--init_lora and --lora_init {args.lora_init} both say what the adapters begin as; give one.")
+    if args.init_lora and args.train_text_encoder_ti:
+        raise UserError("--init_lora reads no new tokens, so --train_text_encoder_ti would begin them anew; leave one "
+                        "out.")
     if args.lora_init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise UserError(f"--lora_init orthogonal needs an even --rank, not {max(ranks)}.")
     if 0 in ranks:
@@ -974,7 +1017,7 @@ def check_packages(args: argparse.Namespace) -> None:
     for flag, package in needed.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs a package that is not installed: pip install {package}")
-    if args.report_to in TRACKERS and not is_set_up(args.report_to):
+    if is_tracked(args) and args.report_to in TRACKERS and not is_set_up(args.report_to):
         raise UserError(f"--report_to {args.report_to} has no login here{TRACKER_CURES[args.report_to]}.")
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise UserError("--enable_xformers_memory_efficient_attention needs xformers, which is not installed; leave "
@@ -995,7 +1038,7 @@ TRACKER_CURES = {"wandb": "; run `wandb login`, or set WANDB_MODE=offline",
 def is_set_up(tracker: str) -> bool:
     """Whether an installed tracker has the login that it needs, or is told to stay offline; nothing is asked."""
     with suppress(Exception):  # these libraries change often, and a tracker that does not start is refused later
-        if tracker == "wandb" and os.environ.get("WANDB_MODE", "online") in ("online", "run", "shared"):
+        if tracker == "wandb" and (os.environ.get("WANDB_MODE") or "online") in ("online", "run", "shared"):
             import wandb  # half a second that only this flag costs
 
             if hasattr(wandb, "setup") and wandb.setup().settings.mode in ("offline", "disabled"):
@@ -1009,11 +1052,18 @@ def is_set_up(tracker: str) -> bool:
     return True
 
 
+def is_tracked(args: argparse.Namespace) -> bool:
+    """Return True where trackers are started: on the first rank of a run that trains."""
+    return is_first_rank() and not args.dry_run and not args.estimate_memory
+
+
 def chosen_trackers(args: argparse.Namespace) -> list[str]:
-    """The trackers of --report_to; all are those that are installed and set up, and others are named in a warning."""
+    """Return the names of --report_to that accelerate starts; `all` leaves out, with a warning, what has no login."""
+    if not is_tracked(args):
+        return []
     if args.report_to != "all":
         return [name for name in TRACKERS if name == args.report_to]
-    installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
+    installed = [name for name in TRACKERS if name in LoggerType.list() and importlib.util.find_spec(name)]
     chosen = [name for name in installed if is_set_up(name)]
     for name in installed:
         if name not in chosen:
@@ -1148,17 +1198,21 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def check_not_anothers(output: Path) -> None:
-    """No file of another user that has to be moved lies where only its owner may move it. Raises UserError."""
+    """Refuse an output folder with files of another user that cannot be moved. Raises UserError.
+
+    In a sticky folder only a file's owner may move it; anywhere a folder is moved only by who may write into it.
+    """
     if os.name != "posix" or not output.is_dir():
         return
     folder, own = output.stat(), os.geteuid()
-    if not folder.st_mode & stat.S_ISVTX or own in (0, folder.st_uid):
-        return
-    names = (*OUTPUT_NAMES, MANIFEST_FILE)
-    theirs = [name for name in names if os.path.lexists(output / name) and (output / name).lstat().st_uid != own]
+    is_sticky = folder.st_mode & stat.S_ISVTX and own not in (0, folder.st_uid)
+    named = (output / name for name in (*OUTPUT_NAMES, MANIFEST_FILE, "validation"))
+    found = [*filter(os.path.lexists, named), *steps_in(output)]
+    theirs = [path for path in found if (is_sticky and path.lstat().st_uid != own)
+              or (path.is_dir() and not path.is_symlink() and not os.access(path, os.W_OK))]
     if theirs:
         raise UserError(f"--output_dir {output} has files of another user, which cannot be moved away "
-                        f"({', '.join(theirs[:5])}); choose another.")
+                        f"({some(path.relative_to(output).as_posix() for path in theirs)}); choose another.")
 
 
 class Printer(logging.Handler):
@@ -1235,8 +1289,20 @@ class View(NamedTuple):
 
 
 def match_name(path: Path) -> str:
-    """A file's place without suffix, in composed Unicode and small letters: how captions and masks find pictures."""
-    return unicodedata.normalize("NFC", str(path.with_suffix(""))).casefold()
+    """Return a file's path without suffix in composed Unicode: the name by which captions and masks find pictures."""
+    return unicodedata.normalize("NFC", str(path.with_suffix("")))
+
+
+class ByName(dict[str, Any]):
+    """A dictionary by match_name, in which a name that is not there finds one that differs by capitals alone."""
+
+    def __init__(self, entries: Iterable[tuple[str, Any]]) -> None:
+        super().__init__(entries)
+        self.small = {name.casefold(): value for name, value in self.items()}
+
+    def find(self, name: str) -> Any:
+        """Return the value, or None."""
+        return self.get(name) or self.small.get(name.casefold())
 
 
 def list_picture_files(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
@@ -1263,8 +1329,8 @@ def mask_owners(path: Path) -> list[str]:
 
 def split_masks(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
     """Divide files into pictures and masks that belong to one of them by their names, with that one's match_name."""
-    names = {match_name(path) for path in files}
-    owners = {path: next((name for name in mask_owners(path) if name in names), None) for path in files}
+    names = ByName((match_name(path), match_name(path)) for path in files)
+    owners = {path: next(filter(None, map(names.find, mask_owners(path))), None) for path in files}
     masks = {path: name for path, name in owners.items() if name}
     return [path for path in files if path not in masks], masks
 
@@ -1282,10 +1348,10 @@ def subfolders_with_pictures(folder: Path) -> list[str]:
 
 def kohya_repeats(subfolders: Iterable[str]) -> str:
     """What the number in a sub-folder's name, as kohya's trainers read it, is here; empty if there is none."""
-    found = next(filter(None, (re.search(r"([1-9]\d*)_[^/]+$", name) for name in subfolders)), None)
+    found = next(filter(None, (re.search(r"(?:^|/)(([1-9]\d*)_[^/]+)$", name) for name in subfolders)), None)
     if not found:
         return ""
-    return f"the {found[1]} of '{found[0]}' is --repeats {found[1]} here, for all pictures of the subject"
+    return f"the {found[2]} of '{found[1]}' is --repeats {found[2]} here, for all pictures of the subject"
 
 
 def check_not_in_subfolders(flag: str, folder: Path) -> None:
@@ -1301,8 +1367,8 @@ SRGB_CHROMATICITIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # Pillow's, by the profile's colour space
 
 
-def unsupported_colours(path: str | Path, image: Image.Image) -> str:
-    """What the numbers of a picture that is open, but not read, mean beyond what load_picture can honour, or ""."""
+def unsupported_pixels(image: Image.Image) -> str:
+    """Say what kind of numbers a picture that is open, but not read, has that load_picture cannot read, or ""."""
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or set(tags.get(339, ())) - {1, 4}:  # SampleFormat: unsigned, or undefined
         return "its pixels are signed or floating-point numbers"
@@ -1310,6 +1376,12 @@ def unsupported_colours(path: str | Path, image: Image.Image) -> str:
         return "it has 32 bits a pixel"
     if image.mode.startswith("I") and "transparency" in image.info:
         return "one of its 16-bit greys is transparent"
+    return ""
+
+
+def unsupported_colours(path: str | Path, image: Image.Image) -> str:
+    """Say what the numbers of a picture that is open, but not read, mean that load_picture cannot convert, or ""."""
+    tags = getattr(image, "tag_v2", {})
     if image.info.get("icc_profile"):
         return ""
     colours = coded_colours(path)
@@ -1319,8 +1391,9 @@ def unsupported_colours(path: str | Path, image: Image.Image) -> str:
         if abs(image.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05:
             return f"its gamma is {image.info['gamma']:g}"
         white, primaries = tags.get(318, SRGB_CHROMATICITIES[:2]), tags.get(319, SRGB_CHROMATICITIES[2:])
-        points = image.info.get("chromaticity", (*map(float, white), *map(float, primaries)))
-        if max(abs(one - other) for one, other in zip(points, SRGB_CHROMATICITIES, strict=True)) > 0.01:
+        is_whole = [len(part) for part in (white, primaries) if isinstance(part, tuple)] == [2, 6]
+        points = image.info.get("chromaticity", (*white, *primaries) if is_whole else SRGB_CHROMATICITIES)
+        if max(abs(float(one) - other) for one, other in zip(points, SRGB_CHROMATICITIES, strict=True)) > 0.01:
             return "its primaries are others than sRGB's"
         if 301 in tags or has_bmp_colours(path):
             return "it has a transfer function or primaries of its own"
@@ -1386,12 +1459,14 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         raise ValueError(f"its colour profile cannot be used: {error}") from error
 
 
-def load_picture(path: str | Path) -> Image.Image:
+def load_picture(path: str | Path, is_mask: bool = False) -> Image.Image:
     """Read a picture as sRGB: turned as its EXIF says, converted by its colour profile, 16 bits as 8, on white where
     transparent, the first frame if it moves. Raises ValueError for numbers that mean something else.
+
+    The numbers of a mask are no colours: they are read as they are.
     """
     with Image.open(path) as image:
-        unsupported = unsupported_colours(path, image)
+        unsupported = unsupported_pixels(image) or ("" if is_mask else unsupported_colours(path, image))
         if unsupported:
             raise ValueError(f"{unsupported}; convert it to 8-bit sRGB")
         tags = getattr(image, "tag_v2", {})
@@ -1403,23 +1478,25 @@ def load_picture(path: str | Path) -> Image.Image:
         picture = ImageOps.invert(picture) if is_inverted else picture  # Pillow does so for 8 bits
     if picture.mode in ("RGBa", "La"):
         picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
+    if is_mask:
+        return picture.convert("RGB")
     if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
         return to_srgb(picture)
     alpha = picture.convert("RGBA").getchannel("A")
-    opaque = to_srgb(picture.convert("L" if picture.mode == "LA" else "RGB"))
+    opaque = to_srgb(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
     opaque.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), opaque).convert("RGB")
 
 
 @functools.lru_cache(maxsize=1)
-def masks_by_name(folder: str, recursive: bool, beside: bool) -> dict[str, Path]:
+def masks_by_name(folder: str, recursive: bool, beside: bool) -> ByName:
     """Masks by the match_name of their pictures within a folder: those that lie beside pictures there, or, in a folder
     of masks, all, with or without another trainer's ending. Raises UserError.
     """
     files = {path.relative_to(folder): path for path in list_picture_files("--mask_dir", folder, recursive)}
     owners = [(path, owner) for path in files for owner in (*mask_owners(path), match_name(path))]
     found = split_masks(list(files))[1].items() if beside else owners
-    return {name: files[path] for path, name in found if not path.stem.lower().endswith("condlabel")}
+    return ByName((name, files[path]) for path, name in found if not path.stem.lower().endswith("condlabel"))
 
 
 def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
@@ -1428,16 +1505,31 @@ def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
     """
     folder = pictures_folder(args)
     masks = masks_by_name(str(args.mask_dir or folder), args.recursive, beside=args.mask_dir is None)
-    found = masks.get(match_name(path.relative_to(folder)))
+    found = masks.find(match_name(path.relative_to(folder)))
     if found is None:
         return None if args.mask_dir else own_alpha(path)
-    mask, size = own_alpha(found) or load_picture(found).convert("L"), picture_size(path)
-    if mask.getextrema()[1] == 1:  # 0 and 1, as programs write it
-        mask = mask.point(lambda value: 255 * value)
+    mask, size = read_mask(found), picture_size(path)
     if abs(mask.width * size[1] - mask.height * size[0]) > max(size) + max(mask.size):
         raise UserError(f"{'--mask_dir' if args.mask_dir else '--masked_loss'}: {found.name} is {mask.width}x"
                         f"{mask.height}, which is another shape than its picture's {size[0]}x{size[1]}.")
     return mask.resize(size, Image.Resampling.BILINEAR)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a mask in grey: its alpha where it has one, else its brightness; a palette of colours, as PASCAL VOC has
+    it, numbers objects, and 0 is the background.
+    """
+    mask = own_alpha(path)
+    if mask is not None:
+        return mask
+    colours = load_picture(path, is_mask=True)
+    mask = colours.convert("L")
+    with Image.open(path) as image:
+        if image.mode == "P" and colours.convert("HSV").getchannel("S").getextrema()[1]:
+            numbers = ImageOps.exif_transpose(image)
+            mask = Image.frombytes("L", numbers.size, numbers.tobytes()).point(lambda value: 255 * bool(value))
+    highest = mask.getextrema()[1]
+    return mask.point(lambda value: 255 * value) if highest == 1 else mask  # 0 and 1, as programs write it
 
 
 def own_alpha(path: Path) -> Image.Image | None:
@@ -1450,14 +1542,15 @@ def own_alpha(path: Path) -> Image.Image | None:
     return alpha if alpha.getextrema()[0] < 255 else None
 
 
-def check_pictures(flag: str, pictures: Sequence[Path]) -> None:
+def check_pictures(flag: str, pictures: Sequence[Path],
+                   read: Callable[[Path], Image.Image] = load_picture) -> None:
     """Decode every picture once, and name all that are broken. Raises UserError."""
 
     def fault(path: Path) -> str | None:
         if not path.is_file():  # to open a pipe would wait for ever
             return f"{path.name!r} (a link to nowhere, or no file)"
         try:
-            load_picture(path)
+            read(path)
         except Exception as error:  # Pillow's decoders raise whatever they like
             return f"{path.name!r} ({' '.join(str(error).split())})"
         return None
@@ -1643,7 +1736,7 @@ def read_metadata(path: Path, pictures: Sequence[Path] = ()) -> dict[Path, str]:
     return captions
 
 
-def caption_files(pictures: Sequence[Path]) -> dict[str, Path]:
+def caption_files(pictures: Sequence[Path]) -> ByName:
     """The text files beside pictures, by match_name: NAME.txt or NAME.png.txt, or kohya's NAME.caption, in capitals or
     not.
     """
@@ -1651,8 +1744,8 @@ def caption_files(pictures: Sequence[Path]) -> dict[str, Path]:
     files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES
              and not path.name.startswith(".") and path.is_file()]
     own = {path: path.with_suffix("") for path in sorted(files, key=lambda path: path.suffix.lower())}
-    return {match_name(place if place.suffix.lower() in PICTURE_SUFFIXES else path): path
-            for path, place in own.items()}
+    return ByName((match_name(place if place.suffix.lower() in PICTURE_SUFFIXES else path), path)
+                  for path, place in own.items())
 
 
 def metadata_file(folder: Path) -> Path | None:
@@ -1667,7 +1760,7 @@ def read_captions(folder: Path, pictures: Sequence[Path]) -> dict[Path, str]:
     if table:
         return read_metadata(table, pictures)
     beside = caption_files(pictures)
-    return {path: read_text(beside[match_name(path)]).strip() for path in pictures if match_name(path) in beside}
+    return {path: read_text(caption).strip() for path in pictures if (caption := beside.find(match_name(path)))}
 
 
 def passed_over(folder: Path, recursive: bool) -> list[str]:
@@ -1689,9 +1782,9 @@ def unused_files(args: argparse.Namespace) -> list[str]:
     folder = pictures_folder(args)
     files = list_picture_files("--instance_data_dir", folder, args.recursive)
     pictures, masks = split_masks(files)
-    names = {match_name(path) for path in pictures}
-    captions = [] if metadata_file(folder) else [path.name for name, path in caption_files(pictures).items()
-                                                 if name not in names]
+    beside = caption_files(pictures)
+    used = {beside.find(match_name(path)) for path in pictures}
+    captions = [] if metadata_file(folder) else [path.name for path in beside.values() if path not in used]
     own = [Path(value).resolve() for flag in ("class_data_dir", "mask_dir", "output_dir", "cache_latents_dir")
            if (value := getattr(args, flag))]
     inner = [name for name in subfolders_with_pictures(folder)
@@ -1774,7 +1867,8 @@ class ValidationPrompt(NamedTuple):
 
 PIXELS = number(int, 8, high=16384)
 PROMPT_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of kohya's prompt files
-    "n": ("negative_prompt", str), "w": ("width", PIXELS), "h": ("height", PIXELS), "d": ("seed", SEED),
+    "n": ("negative_prompt", str), "w": ("width", PIXELS), "h": ("height", PIXELS),
+    "d": ("seed", number(int, 0, high=2**63 - 1, cure="; leave it out for the seed of the run")),
     "s": ("num_inference_steps", number(int, 1, high=1000)), "l": ("guidance_scale", NOT_NEGATIVE)}
 
 
@@ -1785,7 +1879,7 @@ def parse_prompt(args: argparse.Namespace, line: str, where: str) -> ValidationP
         raise UserError(f"{where}: there is no prompt before --{options[0]}.")
     side, settings = args.validation_resolution or args.resolution, {}
     for option in options:
-        letter, value = (*option.split(maxsplit=1), "")[:2]
+        letter, value = (*re.split(r"[\s=]+", option, maxsplit=1), "")[:2]
         letter = letter.lower()
         if letter not in PROMPT_OPTIONS:
             known = ", ".join(f"--{name}" for name in PROMPT_OPTIONS)
@@ -1982,6 +2076,38 @@ def step_of(checkpoint: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def steps_in(output: Path) -> dict[Path, int]:
+    """Return the folders of checkpoints and of validation pictures in an output folder, each with its step."""
+    pictures = {path: re.fullmatch(r"step-(\d+)", path.name) for path in output.glob("validation/step-*")}
+    steps = {path: step_of(path) for path in output.glob("*-*")}
+    return {path: step for path, step in steps.items() if step is not None} | \
+        {path: int(found[1]) for path, found in pictures.items() if found}
+
+
+def content_key(*parts: object) -> str:
+    """A name for what is made of these parts: bytes, text, numbers."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(b"%d " % len(data))
+        digest.update(data)
+    return digest.hexdigest()[:40]
+
+
+def read_manifest(output: Path) -> dict[str, list[str]]:
+    """The hashes of what this script wrote into an output folder, by name; empty if nothing can be read there."""
+    with suppress(OSError, ValueError):
+        manifest = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest, dict) else {}
+    return {}
+
+
+def is_own(output: Path, name: str, manifest: dict[str, list[str]]) -> bool:
+    """Whether something of OUTPUT_NAMES is as this script wrote it; folders and what grows are known by name alone."""
+    known, path = manifest.get(OUTPUT_NAMES[name], ()), output / name
+    return bool(known) and (OUTPUT_NAMES[name] != name or path.is_file() and content_key(path.read_bytes()) in known)
+
+
 if __name__ == "__main__":  # a mistake answers in half a second, not after the imports below
     keep_writing()
     hide_token()
@@ -1998,6 +2124,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
     broadcast,
     broadcast_object_list,
@@ -2747,31 +2874,23 @@ def written_beside(path: Path, shared: bool = False, size: int = 0) -> Iterator[
         remove(unfinished)
 
 
-def read_manifest(output: Path) -> dict[str, list[str]]:
-    """The hashes of what this script wrote into an output folder, by name; empty if nothing can be read there."""
-    with suppress(OSError, ValueError):
-        manifest = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest, dict) else {}
-    return {}
-
-
-def is_own(output: Path, name: str, manifest: dict[str, list[str]]) -> bool:
-    """Whether something of OUTPUT_NAMES is as this script wrote it; folders and what grows are known by name alone."""
-    known = manifest.get(OUTPUT_NAMES[name], ())
-    return bool(known) and (OUTPUT_NAMES[name] != name or content_key((output / name).read_bytes()) in known)
-
-
 @contextmanager
 def output_file(path: Path, size: int = 0) -> Iterator[Path]:
     """written_beside for a file of the output folder, whose hash is in the manifest before it is there."""
     with written_beside(path, size=size) as unfinished:
         yield unfinished
         manifest = read_manifest(path.parent)
-        if path.exists() and not is_own(path.parent, path.name, manifest):  # came while the run lasted
-            move_aside(path.parent, [path])
+        if os.path.lexists(path) and not is_own(path.parent, path.name, manifest):  # came while the run lasted
+            logger.warning("warning: %s, which this script did not write, is now in %s.", path,
+                           move_aside(path.parent, [path]))
         manifest[path.name] = [*manifest.get(path.name, ())[-1:], content_key(unfinished.read_bytes())]
-        with written_beside(path.parent / MANIFEST_FILE) as file:
-            file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_manifest(path.parent, manifest)
+
+
+def write_manifest(output: Path, manifest: dict[str, list[str]]) -> None:
+    """Write the hashes of what this script wrote into an output folder."""
+    with written_beside(output / MANIFEST_FILE) as file:
+        file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def to_disk(path: Path) -> None:
@@ -2833,7 +2952,7 @@ def lock_file(path: Path) -> int:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except OSError as error:
         os.close(handle)
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+        if error.errno in ((errno.EAGAIN,) if os.name == "posix" else (errno.EACCES, errno.EDEADLK)):
             raise BlockingIOError(error.errno, error.strerror) from error
         raise
     return handle
@@ -2869,16 +2988,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def content_key(*parts: object) -> str:
-    """A name for what is made of these parts: bytes, text, numbers."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(b"%d " % len(data))
-        digest.update(data)
-    return digest.hexdigest()[:40]
 
 
 class Store:
@@ -3798,7 +3907,8 @@ class TrainingState:
         for name, now in self.settings.items():
             then = state["settings"].get(name)
             if then != now:
-                changed = changed_pictures(state.get("pictures", {}), self.pictures) if name == DATA_HASH else ""
+                before = state.get("pictures") if name == DATA_HASH else None  # none in an old checkpoint
+                changed = changed_pictures(before, self.pictures) if before else ""
                 message = f"other pictures or prompts than before ({changed})" if changed else \
                     f"{name} was {then} and is now {now}"
                 raise UserError(f"--resume_from_checkpoint {folder}: {message}; a run goes on as it began, so change "
@@ -3868,7 +3978,7 @@ def save_checkpoint(run: Run, state: TrainingState, step: int, total_steps: int)
     """Write a checkpoint whole or not at all, then remove the oldest beyond --checkpoints_total_limit.
 
     It is checkpoint-N, or last-N at the end of a run whose length is no multiple of --checkpointing_steps: scripts
-    that count checkpoints find as many as they expect. The limit does not count last-N, of which the newest is kept.
+    that count checkpoints find as many as they expect. The limit does not count last-N, but removes older ones.
     """
     saved, output, keep = state.state_dict(step), run.output, run.args.checkpoints_total_limit
     size = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
@@ -3881,7 +3991,7 @@ def save_checkpoint(run: Run, state: TrainingState, step: int, total_steps: int)
             torch.save(saved, file)
     regular = [path for path in list_checkpoints(output) if path.name.startswith("checkpoint-")]
     ends = [path for path in list_checkpoints(output) if path.name.startswith("last-") and step_of(path) != step]
-    for old in (*ends, *(regular[:-keep] if keep else ())):
+    for old in (*ends, *regular[:-keep]) if keep else ():
         doomed = old.with_name(f".{old.name}.tmp")  # a run that is killed meanwhile leaves no half of a checkpoint
         old.replace(doomed)
         remove(doomed)
@@ -4448,8 +4558,12 @@ def move_aside(output: Path, paths: Iterable[Path]) -> Path:
     place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
     for path in paths:
         target = place / path.relative_to(output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        except OSError as error:
+            raise UserError(f"--output_dir {output}: {path.name} cannot be moved to {place} ({error.strerror}); "
+                            "choose another.") from error
     return place
 
 
@@ -4457,10 +4571,13 @@ def set_aside(output: Path, step: int) -> None:
     """Move to a folder of its own what lies where this run writes, but is not its own: what an earlier run left beyond
     a step, with that run's files, and what the manifest does not know, which may be the user's.
     """
-    found = [*output.glob("*-*"), *output.glob("validation/step-*")]
-    steps = {path: int(path.name[5:]) if re.fullmatch(r"step-\d+", path.name) else step_of(path) for path in found}
-    later = [path for path, at in steps.items() if at is not None and at > step]
-    there, manifest = [name for name in OUTPUT_NAMES if (output / name).exists()], read_manifest(output)
+    later = [path for path, at in steps_in(output).items() if at > step]
+    there, manifest = [name for name in OUTPUT_NAMES if os.path.lexists(output / name)], read_manifest(output)
+    if not manifest and any(step_of(path) == step for path in list_checkpoints(output)):
+        # the run's own folder, whose manifest was lost: `cp run/*` leaves it, and old versions had none
+        files = [name for name in there if (output / name).is_file()]
+        manifest = {name: [content_key((output / name).read_bytes())] for name in files}
+        write_manifest(output, manifest)
     if step == 0 and (later or LORA_FILE in there):
         moved = there
     else:
@@ -4482,6 +4599,25 @@ def trackers_of(run: Run) -> Iterator[None]:
 
     Raises UserError for one that does not start; with --report_to all it is left out with a warning.
     """
+    exit_code = 0
+    try:
+        start_trackers(run)
+        yield
+    except Exception:
+        exit_code = 1  # W&B marks the run as failed
+        raise
+    finally:
+        for tracker in run.accelerator.trackers:
+            try:
+                finish_tracker(tracker, exit_code)
+            except Exception as error:  # trackers raise whatever they like
+                logger.warning("warning: --report_to %s did not finish (%s); training is not touched by that.",
+                               tracker.name, first_line(error))
+        run.accelerator.trackers = []
+
+
+def start_trackers(run: Run) -> None:
+    """Start each tracker of --report_to. Raises UserError."""
     args, accelerator, started = run.args, run.accelerator, []
     folder = Path(args.output_dir, args.logging_dir)
     settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
@@ -4497,24 +4633,24 @@ def trackers_of(run: Run) -> Iterator[None]:
             started += accelerator.trackers
         except Exception as error:  # trackers raise whatever they like
             message = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
+            with suppress(Exception):  # it may have begun before it refused the settings, or not
+                finish_tracker(accelerator.trackers[0], 1)
+            accelerator.trackers = started
             if args.report_to != "all":
                 raise UserError(f"--report_to {message}; or leave --report_to {name} out.") from error
             logger.warning("warning: --report_to all: %s; it is left out.", message)
     accelerator.trackers = started
-    try:
-        yield
-    finally:
-        finish_trackers(accelerator)
 
 
-def finish_trackers(accelerator: Accelerator) -> None:
-    """Finish the trackers that still run."""
+def finish_tracker(tracker: Any, exit_code: int) -> None:
+    """Finish a tracker's run, which W&B shows as failed where the exit code is not 0."""
     with hushed():
-        for tracker in accelerator.trackers:
-            tracker.finish()
-            if tracker.name == "trackio" and "trackio" in sys.modules:
-                sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
-    accelerator.trackers = []
+        if tracker.name == "wandb":
+            tracker.run.finish(exit_code=exit_code)
+            return
+        tracker.finish()
+        if tracker.name == "trackio" and "trackio" in sys.modules:
+            sys.modules["trackio"].finish()  # accelerate ends the run, but leaves it to be ended again at exit
 
 
 def open_output(run: Run, step: int) -> None:
@@ -4775,7 +4911,8 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
     """Write the LoRA files that are asked for into the output folder, or a checkpoint's. Raises TrainingError."""
     dtype, tensors = PRECISIONS[run.args.lora_dtype], lora_tensors(model)
     is_last, title = folder == run.output, run.output.resolve().name
-    title += "" if is_last else f"-{int(re.search(r'-([0-9]+)', folder.name)[1]):06d}"  # as kohya's trainers write it
+    # kohya's trainers write -step00000500; the folder has a name of its own until it is whole
+    title += "" if is_last else f"-step{int(re.search(r'-([0-9]+)', folder.name)[1]):08d}"
     write = functools.partial(write_lora, open_file=output_file if is_last else written_beside)
     diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     write(folder / LORA_FILE, diffusers_form, lora_metadata(model))
@@ -4812,7 +4949,8 @@ def read_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict
     """A LoRA file's tensors under the names that lora_tensors gives, what is not known by its own name, and the scale
     of each module's B A. The file may be diffusers' or a web UI's.
     """
-    found, layers = load_file(path), model.unet.config.layers_per_block
+    found = {name: tensor.float() for name, tensor in load_file(path).items()}  # float8 knows no isfinite
+    layers = model.unet.config.layers_per_block
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     modules = [key.removesuffix(".lora_A.weight") for key in lora_tensors(model) if key.endswith(".lora_A.weight")]
@@ -4836,6 +4974,21 @@ def begin_with_lora(path: Path, model: TrainableSDXL) -> None:
 
     Raises UserError for what the file has and this run does not adapt.
     """
+    tensors, scales = read_sound_lora(path, model)
+    check_fits(path, tensors, scales, model)
+    own = model.scales()
+    for module, scale in scales.items():
+        name = f"{module}.lora_B.weight"
+        tensors[name] = tensors[name] * (scale / own[scale_name(module)])
+    for component, part in model.adapted().items():
+        middle = "" if component == "unet" or hasattr(part, "text_model") else "text_model."
+        peft.set_peft_model_state_dict(part, {
+            name.removeprefix(f"{component}.{middle}"): tensor for name, tensor in tensors.items()
+            if name.startswith(f"{component}.")}, adapter_name="default")
+
+
+def read_sound_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """read_lora for a file of anybody's. Raises UserError for one that is damaged."""
     try:
         tensors, scales = read_lora(path, model)
         pairs = {"lora_A": "lora_B", "lora_B": "lora_A"}
@@ -4843,13 +4996,22 @@ def begin_with_lora(path: Path, model: TrainableSDXL) -> None:
                 if one in name and name.replace(one, other) not in tensors]
         if lone or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError(f"{lone[0]} is alone" if lone else "its weights are not finite")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            re.error) as error:
         raise UserError(f"--init_lora {path} is damaged ({type(error).__name__}: {first_line(error)}).") from error
+    return tensors, scales
+
+
+def check_fits(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], model: TrainableSDXL) -> None:
+    """Check a LoRA file's tensors against the adapters that are trained. Raises UserError."""
     expected = lora_tensors(model)
     unknown = sorted(set(tensors) - set(expected))
     if not scales:
         raise UserError(f"--init_lora {path} has no layer that this run trains, under the names of diffusers "
                         "(unet.*.lora_A.weight) or of web UIs (lora_unet_*.lora_down.weight).")
+    magnitudes = [f"{module}.lora_magnitude_vector" for module in scales]
+    if any(name in expected and name not in tensors for name in magnitudes):
+        raise UserError(f"--init_lora {path} is a plain LoRA, without the magnitudes of DoRA; leave --use_dora out.")
     if unknown:
         cure = next((cure for part, cure in INIT_LORA_CURES.items() if part in unknown[0]),
                     "choose --lora_preset, --lora_layers and --lora_unet_blocks as it was trained")
@@ -4862,15 +5024,6 @@ def begin_with_lora(path: Path, model: TrainableSDXL) -> None:
             cure = f"--rank {len(tensor)} fits, or that block's own rank" if is_rank else "it is of another model"
             raise UserError(f"--init_lora {path}: {name} is {tuple(tensor.shape)}, and in this run "
                             f"{tuple(expected[name].shape)}; {cure}.")
-    own = model.scales()
-    for module, scale in scales.items():
-        name = f"{module}.lora_B.weight"
-        tensors[name] = tensors[name].float() * (scale / own[scale_name(module)])
-    for component, part in model.adapted().items():
-        middle = "" if component == "unet" or hasattr(part, "text_model") else "text_model."
-        peft.set_peft_model_state_dict(part, {
-            name.removeprefix(f"{component}.{middle}"): tensor.float() for name, tensor in tensors.items()
-            if name.startswith(f"{component}.")}, adapter_name="default")
 
 
 INIT_LORA_CURES = {
@@ -5624,7 +5777,12 @@ def main(args: argparse.Namespace) -> None:
             return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
         with alone_in(run.output, run.store.folder), trackers_of(run), explained(run):
-            teach(run, objective, repo, subject, buckets, schedule, facts, started)
+            outcome = teach(run, objective, repo, subject, buckets, schedule, facts, started)
+        run.accelerator.end_training()
+        if outcome.stopped_by:
+            command = f"accelerate launch {quoted(Path(__file__))} --config {quoted(run.output / CONFIG_FILE)}"
+            raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. "
+                          f"Go on with\n    {command} --resume_from_checkpoint latest")
 
 
 @contextmanager
@@ -5645,7 +5803,7 @@ def explained(run: Run) -> Iterator[None]:
 
 
 def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], buckets: Sequence[Bucket],
-          schedule: Schedule, facts: dict[str, str], started: float) -> None:
+          schedule: Schedule, facts: dict[str, str], started: float) -> Outcome:
     """The phases of a run: the table of contents."""
     args = run.args
     make_class_images(run)
@@ -5666,12 +5824,7 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     run.stop.at_once = AFTER_TRAINING
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, facts, report, (time.perf_counter() - started) / 60)
-    finish_trackers(run.accelerator)
-    run.accelerator.end_training()
-    if outcome.stopped_by:
-        command = f"accelerate launch {quoted(Path(__file__))} --config {quoted(run.output / CONFIG_FILE)}"
-        raise Stopped(outcome.stopped_by, f"Stopped after step {outcome.step}; checkpoint and LoRA are written. Go on "
-                      f"with\n    {command} --resume_from_checkpoint latest")
+    return outcome
 
 
 def quoted(path: Path) -> str:

@@ -291,6 +291,59 @@ def test_masks_of_other_programs(train, folder, tmp_path):
         assert mask.getpixel((3, 5)) == 255 and mask.getpixel((25, 5)) == 0
 
 
+def test_a_mask_is_no_colour(train, folder, tmp_path):
+    """A gamma of 1 changes nothing, and PASCAL VOC's palette numbers objects: 0 is the background."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    write_with_chunk(masks / "0.png", b"gAMA", points(1.0))
+    half = Image.new("P", (30, 20), 0)
+    half.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 128])
+    half.paste(1, (0, 0, 8, 20))
+    half.paste(2, (8, 0, 15, 20))
+    half.save(masks / "1.png")
+    plain = Image.new("P", (30, 20), 1)
+    plain.putpalette([255, 255, 255, 0, 0, 0])
+    plain.paste(0, (0, 0, 15, 20))
+    plain.save(masks / "2.png")
+    for name in ("1.png", "2.png"):
+        mask = trainer.read_mask(masks / name)
+        assert mask.getpixel((3, 5)) == mask.getpixel((12, 5)) == 255 and mask.getpixel((25, 5)) == 0
+    (folder / "0.png").unlink()
+    Image.new("RGB", (20, 20), "red").save(folder / "0.png")
+    train.args(instance_data_dir=folder, masked_loss=True, mask_dir=masks)
+    Image.new("F", (20, 20), 0.5).save(masks / "0.tif")
+    with pytest.raises(trainer.UserError, match="0.tif' .its pixels are signed or floating-point"):
+        train.args(instance_data_dir=folder, masked_loss=True, mask_dir=masks)
+
+
+def test_names_that_differ_by_capitals_alone(train, tmp_path):
+    for stem in ("IMG", "img"):
+        Image.new("RGB", (30, 20), "red").save(tmp_path / f"{stem}.png")
+        (tmp_path / f"{stem}.txt").write_text(stem)
+        Image.new("L", (30, 20), {"IMG": 200, "img": 100}[stem]).save(tmp_path / f"{stem}_mask.png")
+    assert prompts(train, tmp_path) == {"IMG.png": "IMG", "img.png": "img"}
+    args = train.args(instance_data_dir=tmp_path, masked_loss=True)
+    levels = {path.stem: trainer.load_mask(args, path).getextrema()[0] for path in sorted(tmp_path.glob("???.png"))}
+    assert levels == {"IMG": 200, "img": 100}
+    (tmp_path / "IMG.txt").unlink()
+    assert prompts(train, tmp_path) == {"IMG.png": "img", "img.png": "img"}
+
+
+def test_a_transparent_grey_keeps_its_profile(tmp_path):
+    grey = Image.new("L", (4, 4), 100)
+    assert near(loaded(tmp_path / "a.png", grey, icc_profile=icc.grey(1.0), transparency=7), (168,) * 3)
+
+
+def test_a_white_point_that_is_cut_short_is_an_error_of_nobody(tmp_path):
+    Image.new("RGB", (4, 4), GREEN).save(tmp_path / "a.tif", tiffinfo={318: (0.3127,)})
+    assert trainer.load_picture(tmp_path / "a.tif").getpixel((0, 0)) == GREEN
+
+
+def test_a_year_in_a_folders_name_is_no_count(tmp_path):
+    assert trainer.kohya_repeats(["holiday2019_paris"]) == ""
+    assert "the 10 of '10_dog'" in trainer.kohya_repeats(["a/10_dog"])
+
+
 def test_pictures_in_sub_folders(train, folder, tmp_path, capsys):
     """As kohya's trainers want them, with a number in front."""
     kohya = tmp_path / "above" / "kohya"
@@ -338,7 +391,7 @@ def test_kohyas_prompts_file(train, tmp_path):
     """Comments are no prompts, and options no words: the pictures have the sizes that they ask for."""
     path = tmp_path / "prompts.txt"
     options = "--n blurry, bad --w 24 --h 32 --d 5 --s 3 --l 6"
-    path.write_text(f"# my prompts\n\na cat {options}\n  a dog  \n#a --x\na cat --w 24\n")
+    path.write_text(f"# my prompts\n\na cat {options}\n  a dog  \n#a --x\na cat --w=24\n")
     flags = {"validation_prompts": path, "validation_prompt": "a mug --s 2", "validation_negative_prompt": "ugly"}
     flags |= {"num_validation_images": 1, "validation_num_inference_steps": 4}
     found = trainer.prompts_to_draw(train.args(**flags))
@@ -364,7 +417,7 @@ def test_kohyas_prompts_file(train, tmp_path):
         ("a cat --ss euler_a", "line 2: --ss is not understood in a prompt; --n, --w"),
         ("a cat --w 20", "line 2: --w: '20' is not a multiple of 8"),
         ("a cat --s many", "line 2: --s: 'many' is not a whole number"),
-        ("a cat --d -1", "line 2: --d: '-1' is not"),
+        ("a cat --d -1", "line 2: --d: '-1' is not.*; leave it out for the seed of the run"),
         ("a cat --l", "line 2: --l: '' is not a number"),
         ("--n blurry", "line 2: there is no prompt before --n blurry"),
     ],

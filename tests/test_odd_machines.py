@@ -116,13 +116,44 @@ def test_help_is_cut_by_head_without_a_word():
     assert told.stdout.startswith("usage") and not told.stderr
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed_from_the_start(train, tmp_path, closed):
     """The first file that is opened must not take their numbers, and be written into."""
     whole = train(output_dir=tmp_path / "whole")
     words = [sys.executable, str(SCRIPT), *train.words(log_level="info")]
     assert subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True).returncode == 0
     assert same(whole, Path(train.flags["output_dir"]))
+
+
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(tmp_path):
+    """As node.js makes its pipes, and whatever hands its own on."""
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); os.set_blocking(1, False)\n"
+    code += "import train_dreambooth_lora_sdxl as t; t.keep_writing()\nfor i in range(40000): print(i)"
+    run = subprocess.Popen([sys.executable, "-c", code, str(SCRIPT.parent)], stdout=subprocess.PIPE)
+    time.sleep(15)
+    assert run.stdout.read().split() == [str(i).encode() for i in range(40000)] and run.wait() == 0
+
+
+def test_the_script_runs_where_stdout_is_no_file(train):
+    """In a notebook's %run, or under runpy."""
+    code = "import contextlib, io, runpy, sys; sys.argv = sys.argv[1:]; told = io.StringIO()\n"
+    code += "with contextlib.redirect_stdout(told): runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "assert 'LoRA' in told.getvalue()"
+    words = [sys.executable, "-c", code, str(SCRIPT), *train.words(log_level="info")]
+    assert subprocess.run(words, capture_output=True).returncode == 0
+
+
+def test_a_background_job_heeds_ctrl_c(train):
+    """A shell that runs a script starts background jobs with SIGINT ignored; who sends it means it."""
+    output = Path(train.flags["output_dir"])
+    command = [sys.executable, str(SCRIPT), *train.words(max_train_steps=100_000)]
+    words = ["sh", "-c", '"$@" & echo $!; wait', "sh", *command]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=train.folder)
+    child = int(run.stdout.readline())
+    wait_for(lambda: begun(output))
+    os.kill(child, signal.SIGINT)
+    run.wait(60)
+    assert (output / trainer.LORA_FILE).exists()
 
 
 def test_a_log_on_a_full_disk_ends_nothing(train):
@@ -141,6 +172,9 @@ def no_login(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
     monkeypatch.chdir(tmp_path)
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # it keeps its settings for the life of the process
 
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2, "validation_prompt": "a dog"}
@@ -156,6 +190,14 @@ def test_a_tracker_without_a_login_is_refused_at_the_door(train, tmp_path, no_lo
     assert not (tmp_path / "class").exists() and not Path(train.flags["output_dir"]).exists()
     variable, value = cure.split("=")
     assert trainer.is_set_up(tracker) is False
+    train(dry_run=True, report_to=tracker)  # which starts none
+    os.environ["RANK"] = "1"
+    try:
+        train.args(report_to=tracker)  # the first rank alone logs
+    finally:
+        del os.environ["RANK"]
+    os.environ["WANDB_MODE"] = ""  # as a compose file writes what is not set
+    assert trainer.is_set_up(tracker) is False
     os.environ[variable] = value
     try:
         assert trainer.is_set_up(tracker)
@@ -168,6 +210,58 @@ def test_all_trackers_are_those_that_are_set_up(train, no_login, capsys):
     told = capsys.readouterr().out
     assert "--report_to all leaves wandb out, which has no login here; run `wandb login`" in told
     assert "--report_to all leaves comet_ml out" in told
+
+
+def test_trackers_that_accelerate_does_not_know_are_left_out(train, no_login, monkeypatch):
+    monkeypatch.setattr(trainer.LoggerType, "list", lambda: ["tensorboard", "wandb"])
+    assert trainer.chosen_trackers(train.args(report_to="all")) == ["tensorboard"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, trainer.TrainingError, None])
+def test_a_tracker_knows_how_the_run_ended(train, monkeypatch, capsys, error):
+    """W&B shows failed runs as failed; a finish() that fails hides no error and ends no run."""
+    from accelerate.tracking import WandBTracker
+
+    codes, real = [], WandBTracker.start
+
+    def start(self):
+        real(self)
+        finish = self.run.finish
+
+        def noted(exit_code=None):
+            codes.append(exit_code)
+            finish(exit_code=exit_code)
+            raise OSError("no network")
+
+        self.run.finish = noted
+
+    def loss(*_):
+        raise error("power")
+
+    monkeypatch.setattr(WandBTracker, "start", start)
+    if error is None:
+        assert (train(report_to="wandb", max_train_steps=1) / trainer.LORA_FILE).exists()
+    else:
+        monkeypatch.setattr(trainer, "diffusion_loss", loss)
+        with pytest.raises(error, match="power"):
+            train(report_to="wandb")
+    assert codes == [int(error is not None)]
+    assert "--report_to wandb did not finish (no network); training is not touched" in capsys.readouterr().out
+
+
+def test_a_tracker_that_refuses_the_settings_is_finished(train, monkeypatch):
+    from accelerate.tracking import WandBTracker
+
+    runs = []
+
+    def store(self, values):
+        runs.append(self.run)
+        raise RuntimeError("too long")
+
+    monkeypatch.setattr(WandBTracker, "store_init_configuration", store)
+    with pytest.raises(trainer.UserError, match="--report_to wandb does not start"):
+        train(report_to="wandb")
+    assert runs[0]._is_finished
 
 
 @pytest.mark.parametrize("report_to", ["wandb", "all"])
@@ -223,7 +317,7 @@ def test_a_readme_alone_is_moved_and_said(train, capsys):
     assert (output / "earlier-1" / "README.md").read_text() == "my project"
 
 
-def test_a_file_that_comes_while_it_trains_is_moved_too(train, monkeypatch):
+def test_a_file_that_comes_while_it_trains_is_moved_too(train, monkeypatch, capsys):
     output, real = Path(train.flags["output_dir"]), trainer.diffusion_loss
 
     def loss(*arguments):
@@ -233,6 +327,33 @@ def test_a_file_that_comes_while_it_trains_is_moved_too(train, monkeypatch):
     monkeypatch.setattr(trainer, "diffusion_loss", loss)
     train()
     assert (output / "earlier-1" / "README.md").read_text() == "mine" and "LoRA" in (output / "README.md").read_text()
+    assert f"README.md, which this script did not write, is now in {output / 'earlier-1'}" in capsys.readouterr().out
+
+
+def test_a_link_to_nowhere_is_moved(train):
+    output = Path(train.flags["output_dir"])
+    output.mkdir()
+    (output / "README.md").symlink_to(output / "notes" / "gone.md")
+    train()
+    assert (output / "earlier-1" / "README.md").is_symlink() and not (output / "README.md").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["cache", "validation"])
+def test_a_file_where_a_folder_must_be_is_refused(train, name):
+    output = Path(train.flags["output_dir"])
+    output.mkdir()
+    (output / name).write_text("mine")
+    with pytest.raises(trainer.UserError, match=f"--output_dir .*/{name} cannot be written .Not a directory.; choose"):
+        train.args(validation_prompt="a dog")
+
+
+def test_a_run_whose_manifest_was_lost_goes_on(train):
+    """`cp run/* elsewhere` leaves it behind, and older versions had none."""
+    output = train(checkpointing_steps=1, max_train_steps=3)
+    (output / trainer.MANIFEST_FILE).unlink()
+    before = trainer.read_history(output)
+    train(max_train_steps=4, resume_from_checkpoint="latest")
+    assert not (output / "earlier-1").exists() and trainer.read_history(output)[: len(before)] == before
 
 
 def test_another_users_files_in_a_sticky_folder_are_refused_at_the_door(train, monkeypatch):
@@ -243,6 +364,38 @@ def test_another_users_files_in_a_sticky_folder_are_refused_at_the_door(train, m
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
     with pytest.raises(trainer.UserError, match=r"files of another user.*\(README.md\); choose another"):
         train.args()
+    for name in ("checkpoint-5", "last-7", "validation/step-000005"):
+        shutil.rmtree(output)
+        (output / name).mkdir(parents=True)
+        output.chmod(0o1777)
+        with pytest.raises(trainer.UserError, match=rf"files of another user.*{name}.*; choose another"):
+            train.args()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5", "last-7", "validation/step-000005", "validation", "card_samples"])
+def test_another_users_folder_is_refused_at_the_door(train, monkeypatch, name):
+    """Whoever may write where it lies may move files, but no folders."""
+    output, real = Path(train.flags["output_dir"]), os.access
+    (output / name).mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != output / name and real(path, mode))
+    monkeypatch.setattr(trainer, "check_writable", lambda *_: None)
+    with pytest.raises(trainer.UserError, match=rf"files of another user.*{name}.*; choose another"):
+        train.args()
+
+
+def test_what_cannot_be_moved_is_told_in_one_sentence(train, monkeypatch):
+    output = Path(train.flags["output_dir"])
+    output.mkdir()
+    (output / "README.md").write_text("mine")
+
+    def replace(self, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(trainer.UserError, match="README.md cannot be moved to .*1 .Operation not permitted"):
+            trainer.set_aside(output, 0)
+    assert (output / "README.md").read_text() == "mine"
 
 
 def test_a_logging_folder_that_is_a_file_is_refused(train, tmp_path):
@@ -273,7 +426,7 @@ def test_a_run_that_began_again_before_its_first_checkpoint_leaves_no_folders(tr
     assert not list(train(resume_from_checkpoint="latest").glob("earlier-*"))
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO, errno.EACCES])
 def test_a_file_system_without_locks_is_said_and_trained_on(train, monkeypatch, capsys, number):
     def flock(handle, operation):
         raise OSError(number, os.strerror(number))
@@ -333,6 +486,31 @@ def test_a_run_folder_can_be_moved(train, tmp_path, monkeypatch):
     assert args.output_dir == str(tmp_path / "again")
 
 
+def test_a_moved_run_takes_along_nothing_that_is_not_in_it(train, tmp_path, tiny, monkeypatch):
+    """Hub ids, `latest` and other folders are no paths within `.`, which every relative path is within."""
+    shutil.copytree(tiny, tmp_path / "run" / "model")
+    monkeypatch.chdir(tmp_path / "run")
+    train(output_dir=".", logging_dir="logs", pretrained_model_name_or_path="model", report_to="tensorboard")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    config = tmp_path / "moved" / trainer.CONFIG_FILE
+    shutil.copytree(tiny, tmp_path / "model")
+    args = trainer.parse_args(["--config", "moved/" + trainer.CONFIG_FILE, "--resume_from_checkpoint=latest"])
+    assert (Path(args.output_dir), args.logging_dir) == (config.parent, "logs")
+    assert args.pretrained_model_name_or_path == "model" and args.resume_from_checkpoint == "latest"
+
+
+def test_an_edited_output_dir_in_a_runs_own_settings_is_asked_about(train, tmp_path):
+    """It may be the next run's, or the folder was moved and another flag edited."""
+    config = train() / trainer.CONFIG_FILE
+    text = config.read_text()
+    config.write_text(text.replace(f"output_dir: {config.parent}", f"output_dir: {tmp_path / 'next'}"))
+    with pytest.raises(trainer.UserError, match="says output_dir: .*/next; add --output_dir to the command"):
+        trainer.parse_args(["--config", str(config)])
+    args = trainer.parse_args(["--config", str(config), "--output_dir", str(tmp_path / "next")])
+    assert args.output_dir == str(tmp_path / "next")
+
+
 def test_paths_are_expanded_as_a_shell_does(train, tmp_path, pictures, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DOGS", str(pictures))
@@ -345,6 +523,9 @@ def test_paths_are_expanded_as_a_shell_does(train, tmp_path, pictures, monkeypat
     assert (args.output_dir, args.logging_dir) == (str(tmp_path / "lora"), str(tmp_path / "logs"))
     with pytest.raises(trainer.UserError, match=r"--output_dir \$NOWHERE/x: the variable \$NOWHERE is not set"):
         train.args(output_dir="$NOWHERE/x")
+    for path, told in (("~nobodyx/lora", "user ~nobodyx"), ("${UNSET:-foo}/x", r"variable \$\{UNSET:-foo\}")):
+        with pytest.raises(trainer.UserError, match=f"--output_dir .*: the {told} is not set"):
+            train.args(output_dir=path)
     with pytest.raises(trainer.UserError, match="--output_dir is empty: is a variable of the shell not set"):
         train.args(output_dir="")
     (tmp_path / "$odd").mkdir()
@@ -386,13 +567,9 @@ def test_a_runs_folder_or_its_state_is_resumed_from(train, finished, tmp_path):
     assert train.args(resume_from_checkpoint="Last").resume_from_checkpoint == "latest"
 
 
-def drawn(folder: Path) -> bytes:
-    return (folder / "validation" / "step-000000" / "00.png").read_bytes()
-
-
 @pytest.mark.parametrize("name", [trainer.LORA_FILE, trainer.KOHYA_FILE])
 def test_a_new_run_begins_with_a_loras_weights(train, finished, tmp_path, name):
-    """Of either form, at another alpha, with other data: what it draws first is what the LoRA drew last."""
+    """Of either form, at another alpha, with other data."""
     flags = {"rank": 2, "train_text_encoder": True, "lora_alpha": 5.0, "init_lora": finished / name}
     run = trainer.start(train.args(**flags))
     model = trainer.load_trainable(run)
@@ -402,7 +579,6 @@ def test_a_new_run_begins_with_a_loras_weights(train, finished, tmp_path, name):
         scale = 5 / 3 if "lora_B" in key else 1
         torch.testing.assert_close(ours[key] * scale, theirs[key])
     train(**flags, instance_prompt="another prompt", max_train_steps=1, output_dir=tmp_path / "new")
-    (tmp_path / "new" / "moved").mkdir()
     train(**{**flags, "init_lora": tmp_path / "nowhere"}, instance_prompt="another prompt", max_train_steps=2,
           output_dir=tmp_path / "new", resume_from_checkpoint="latest")  # fmt: skip
 
@@ -424,6 +600,9 @@ def test_a_lora_that_does_not_fit_is_refused(train, finished, tmp_path):
         ({"rank": 2}, "which this run does not train; add --train_text_encoder"),
         ({"train_text_encoder": True}, r"lora_A.weight is \(2, 64\), and in this run \(4, 64\); --rank 2 fits"),
         ({"rank": 2, "train_text_encoder": True, "lora_unet_blocks": "mid_block"}, "choose --lora_preset"),
+        ({"rank": 2, "train_text_encoder": True, "use_dora": True}, "is a plain LoRA, .*; leave --use_dora out"),
+        ({"train_text_encoder_ti": True, "instance_prompt": "a TOK"}, "reads no new tokens"),
+        ({"output_dir": finished}, "is in --output_dir, where this run's own LoRA goes"),
     ]
     for flags, told in cases:
         with pytest.raises(trainer.UserError, match=f"--init_lora .*{told}"):
@@ -446,7 +625,9 @@ def test_a_lora_that_does_not_fit_is_refused(train, finished, tmp_path):
         save_file(content, tmp_path / f"{name}.safetensors")
     save_file(tensors, tmp_path / "list.safetensors", {"lora_adapter_metadata": "[]"})
     save_file(tensors, tmp_path / "word.safetensors", {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'})
-    for name in (*broken, "list", "word"):
+    pattern = {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 1}}'}
+    save_file(tensors, tmp_path / "pattern.safetensors", pattern)
+    for name in (*broken, "list", "word", "pattern"):
         with pytest.raises(trainer.UserError, match=f"{name}.safetensors (is damaged|has no layer)"):
             train(init_lora=tmp_path / f"{name}.safetensors", rank=2, train_text_encoder=True)
     named = {key.replace("layers.0", "layers.2"): key for key in tensors if "text_encoder." in key}
@@ -456,6 +637,10 @@ def test_a_lora_that_does_not_fit_is_refused(train, finished, tmp_path):
         train(init_lora=tmp_path / "last.safetensors", rank=2, train_text_encoder=True)
     with pytest.raises(trainer.UserError, match="--init_lora and --lora_init pissa both say"):
         train.args(init_lora=file, lora_init="pissa")
+    eighth = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}
+    save_file(eighth, tmp_path / "fp8.safetensors")
+    flags = {"rank": 2, "train_text_encoder": True, "max_train_steps": 1}
+    train(init_lora=tmp_path / "fp8.safetensors", **flags, output_dir=tmp_path / "fp8")
     dora = train(use_dora=True, output_kohya_format=True, output_dir=tmp_path / "dora")
     with pytest.raises(trainer.UserError, match="add --use_dora"):
         train(init_lora=dora / trainer.LORA_FILE, output_dir=tmp_path / "b")
@@ -476,7 +661,11 @@ def test_a_resume_names_the_pictures_that_changed(train, pictures, tmp_path):
     told = "gone: 1.png; new: new.png; changed: 0.png; with another prompt: 2.png"
     with pytest.raises(trainer.UserError, match=rf"--resume_from_checkpoint .*\({told}\)"):
         train(instance_data_dir=made, max_train_steps=3, resume_from_checkpoint="latest")
-    assert output.exists()
+    state = torch.load(output / "last-2" / trainer.STATE_FILE)
+    del state["pictures"]  # as older versions have it
+    torch.save(state, output / "last-2" / trainer.STATE_FILE)
+    with pytest.raises(trainer.UserError, match="what the pictures and prompts hash to was"):
+        train(instance_data_dir=made, max_train_steps=3, resume_from_checkpoint="latest")
 
 
 def test_web_uis_tell_the_checkpoints_of_a_run_apart(finished):
@@ -489,7 +678,7 @@ def test_web_uis_tell_the_checkpoints_of_a_run_apart(finished):
             metadata = file.metadata()
         assert metadata["ss_output_name"] == metadata["modelspec.title"]
         names.append(metadata["ss_output_name"])
-    assert names == [f"{finished.name}-000002", f"{finished.name}-000003", finished.name]
+    assert names == [f"{finished.name}-step00000002", f"{finished.name}-step00000003", finished.name]
 
 
 def test_the_end_of_a_run_is_no_checkpoint_by_name(train):
@@ -501,10 +690,14 @@ def test_the_end_of_a_run_is_no_checkpoint_by_name(train):
     names = {path.name for path in output.iterdir() if trainer.step_of(path) is not None}
     assert names == {"checkpoint-6", "checkpoint-8", "last-9"}
     assert trainer.find_checkpoint("latest", output) == output / "last-9" == trainer.find_checkpoint("last-9", output)
+    output = train(max_train_steps=1, output_dir=output.parent / "all")
+    train(max_train_steps=2, output_dir=output, resume_from_checkpoint="latest")
+    assert (output / "last-1").exists() and (output / "last-2").exists()  # without a limit nothing goes
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [("0.1", 10), (".25", 25), ("2e-1", 20), ("7", 7), ("0", 0), ("500", 10)]
+    ("steps", "expected"),
+    [("0.1", 10), (".25", 25), ("2e-1", 20), ("7", 7), ("0", 0), ("500", 10), ("0.0", 0), ("1.0", 1), ("20.0", 20)],
 )
 def test_a_warm_up_may_be_a_share_of_the_steps(train, steps, expected):
     args = train.args(lr_warmup_steps=steps, lr_scheduler="cosine", max_train_steps=100)
