@@ -76,6 +76,7 @@ import statistics
 import string
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import warnings
@@ -91,6 +92,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps, ImageStat, PngImagePlugin
+from PIL import __version__ as PIL_VERSION  # noqa: N812
 
 if os.name == "posix":
     import fcntl
@@ -369,7 +371,6 @@ class OptimizerKind(NamedTuple):
 OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim", "AdamW", 8),
     "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2),
-    "paged_adamw8bit": OptimizerKind("bitsandbytes.optim", "PagedAdamW8bit", 2),
     "lion8bit": OptimizerKind("bitsandbytes.optim", "Lion8bit", 1),
     "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16),
     "adafactor": OptimizerKind("transformers", "Adafactor", 0),
@@ -573,6 +574,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--vram_budget", type=POSITIVE, metavar="GB",
         help="choose base precision and checkpointing that fit your card")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
+    add("--cuda_graph", action=YES_NO, default=False,
+        help="record a micro-batch's forward and backward pass once and replay it: the same numbers with one launch")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
     add("--ddp_timeout", type=POSITIVE, default=600, metavar="SECONDS", help="a process waits for another so long")
@@ -742,15 +745,24 @@ def check_args(args: argparse.Namespace) -> None:
     check_optimizer_flags(args)
     check_text_flags(args)
     warn_of_idle_flags(args)
+    check_precision(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")
     check_packages(args)
     check_models(args)
     check_folders(args)
+
+
+def check_precision(name: str) -> None:
+    """Refuse what accelerate may be configured with and this script does not compute in. Raises UserError."""
+    if name not in ("no", "fp16", "bf16"):
+        raise UserError(f"accelerate is configured with mixed_precision {name}, in which this script does not train; "
+                        "add --mixed_precision bf16, fp16 or no (--base_precision fp8 keeps frozen weights in fp8).")
 
 
 def check_folders(args: argparse.Namespace) -> None:
     """Where files come from and go to. Raises UserError."""
     for looked_at in (masks_by_name, dataset_version):  # by an earlier run in the same notebook
         looked_at.cache_clear()
+    KNOWN_PICTURES.read(cache_folder(args))
     output = Path(args.output_dir)
     goes_on = find_checkpoint(args.resume_from_checkpoint, output)
     if args.init_lora and not goes_on:
@@ -772,6 +784,11 @@ def check_folders(args: argparse.Namespace) -> None:
         if not pictures:
             check_not_in_subfolders("--class_data_dir", Path(args.class_data_dir))
         check_pictures("--class_data_dir", pictures)
+
+
+def cache_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of encoded pictures and prompts."""
+    return Path(args.cache_latents_dir or Path(args.output_dir, "cache"))
 
 
 def check_init_lora(path: Path, output: Path) -> None:
@@ -968,7 +985,7 @@ def check_text_flags(args: argparse.Namespace) -> None:
                         "subject's alone; leave it out there.")
 
 
-ADAMS = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy", "schedule_free")
+ADAMS = ("adamw", "adamw8bit", "prodigy", "schedule_free")
 IDLE_WITHOUT = {  # flags that do nothing where the one of their row is not given
     "train_text_encoder": ("train_text_encoder_frac", "text_encoder_lr", "adam_weight_decay_text_encoder"),
     "train_text_encoder_ti": ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction",
@@ -1499,13 +1516,18 @@ def masks_by_name(folder: str, recursive: bool, beside: bool) -> ByName:
     return ByName((name, files[path]) for path, name in found if not path.stem.lower().endswith("condlabel"))
 
 
+def find_mask(args: argparse.Namespace, path: Path) -> Path | None:
+    """Return the file of a picture's mask, if it has one."""
+    folder = pictures_folder(args)
+    masks = masks_by_name(str(args.mask_dir or folder), args.recursive, beside=args.mask_dir is None)
+    return masks.find(match_name(path.relative_to(folder)))
+
+
 def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
     """Where the subject of a picture is, in grey: of the mask that has its name, or else its own alpha; None is
     everywhere. Raises UserError if the mask is of another shape.
     """
-    folder = pictures_folder(args)
-    masks = masks_by_name(str(args.mask_dir or folder), args.recursive, beside=args.mask_dir is None)
-    found = masks.find(match_name(path.relative_to(folder)))
+    found = find_mask(args, path)
     if found is None:
         return None if args.mask_dir else own_alpha(path)
     mask, size = read_mask(found), picture_size(path)
@@ -1542,15 +1564,14 @@ def own_alpha(path: Path) -> Image.Image | None:
     return alpha if alpha.getextrema()[0] < 255 else None
 
 
-def check_pictures(flag: str, pictures: Sequence[Path],
-                   read: Callable[[Path], Image.Image] = load_picture) -> None:
-    """Decode every picture once, and name all that are broken. Raises UserError."""
+def check_pictures(flag: str, pictures: Sequence[Path], read: Callable[[Path], Any] | None = None) -> None:
+    """Decode every picture that is not known, and name all that are broken. Raises UserError."""
 
     def fault(path: Path) -> str | None:
         if not path.is_file():  # to open a pipe would wait for ever
             return f"{path.name!r} (a link to nowhere, or no file)"
         try:
-            read(path)
+            (read or KNOWN_PICTURES.of)(path)
         except Exception as error:  # Pillow's decoders raise whatever they like
             return f"{path.name!r} ({' '.join(str(error).split())})"
         return None
@@ -1574,7 +1595,7 @@ def pictures_folder(args: argparse.Namespace) -> Path:
         return Path(args.instance_data_dir)
     source = args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column, args.caption_column
     name = "dataset-" + hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-    parent = Path(args.cache_latents_dir or Path(args.output_dir, "cache"))
+    parent = cache_folder(args)
     version = dataset_version(args.dataset_name)
     copies = sorted(parent.glob(f"{name}-????????"), key=os.path.getmtime)  # none that is unfinished
     return copies[-1] if copies and not version else parent / f"{name}-{version or 'unknown0'}"
@@ -1802,29 +1823,87 @@ def unused_files(args: argparse.Namespace) -> list[str]:
     return [sentence for sentence, applies in sentences.items() if applies]
 
 
-def fingerprint(path: Path) -> tuple[int, float]:
-    """64 bits that alike pictures share nearly all of (is each pixel of 9 x 8 brighter than the next?), and how much
-    neighbouring pixels differ, which is little in a blurry one (grey levels at 256 pixels).
-    """
-    grey = load_picture(path).convert("L")
+class PictureFacts(NamedTuple):
+    """What a run needs to know of a picture besides its size, for which it has to be decoded once."""
+
+    key: str  # a hash of its pixels
+    bits: int  # 64, of which alike pictures share nearly all: is each pixel of 9 x 8 brighter than the next?
+    sharpness: float  # how much neighbouring pixels differ, in grey levels at 256 pixels
+
+
+class KnownPictures:
+    """The facts of pictures whose file has not changed since they were decoded, by any run with the same cache."""
+
+    file, kept_bytes = "pictures.json", 2**29
+
+    def __init__(self) -> None:
+        self.facts: dict[str, PictureFacts] = {}
+        self.decoded: dict[str, Image.Image] = {}  # those decoded last, until they are encoded
+
+    def of(self, path: Path) -> PictureFacts:
+        """Return the facts of a picture, which is decoded unless they are known. Raises what load_picture raises."""
+        stamp = file_stamp(path)
+        if stamp not in self.facts:
+            picture = load_picture(path)
+            if sum(kept.width * kept.height * 3 for kept in list(self.decoded.values())) < self.kept_bytes:
+                self.decoded[stamp] = picture
+            self.facts[stamp] = picture_facts(picture)
+        return self.facts[stamp]
+
+    def take(self, path: Path) -> Image.Image:
+        """Return the picture, and keep it no longer."""
+        return self.decoded.pop(file_stamp(path), None) or load_picture(path)
+
+    def read(self, folder: Path) -> None:
+        """Learn what was written into a cache, if another version of this script or of Pillow did not write it."""
+        self.decoded.clear()
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            entries = json.loads((folder / self.file).read_text(encoding="utf-8"))
+            if entries.pop("made by", None) == self.made_by():
+                self.facts |= {stamp: PictureFacts(*facts) for stamp, facts in entries.items()}
+
+    def write(self, folder: Path) -> None:
+        """Write all that is known into a cache."""
+        self.decoded.clear()
+        with best_effort("facts of the pictures"), written_beside(folder / self.file, shared=True) as unfinished:
+            unfinished.write_text(json.dumps({"made by": self.made_by(), **self.facts}), encoding="utf-8")
+
+    @staticmethod
+    def made_by() -> str:
+        """Return what the facts depend on besides the picture."""
+        return f"1, Pillow {PIL_VERSION}"
+
+
+KNOWN_PICTURES = KnownPictures()
+
+
+def file_stamp(path: Path) -> str:
+    """Return what changes when a file does: its place, size and time."""
+    found = path.stat()
+    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+
+
+def picture_facts(picture: Image.Image) -> PictureFacts:
+    """Compute the facts of a picture in RGB."""
+    grey = picture.convert("L")
     small = grey.resize((9, 8), Image.Resampling.BOX).tobytes()
     bits = sum((small[i] > small[i + 1]) << n for n, i in enumerate(i for i in range(72) if i % 9 < 8))
     edges = grey.resize((256, 256)).filter(ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), 1, 128))
-    return bits, ImageStat.Stat(edges).stddev[0]
+    return PictureFacts(content_key(picture.size, picture.tobytes()), bits, ImageStat.Stat(edges).stddev[0])
 
 
 def examine(args: argparse.Namespace, samples: Sequence[Sample], buckets: Sequence[Bucket]) -> list[str]:
     """What is odd about the subject's pictures, one sentence each, with a cure."""
-    pictures = dict(list(zip((sample.path for sample in samples), buckets, strict=True))[:300])  # a few seconds
-    marks, told = {path: fingerprint(path) for path in pictures}, []
+    pictures = dict(list(zip((sample.path for sample in samples), buckets, strict=True))[:300])  # pairs are compared
+    marks, told = {path: KNOWN_PICTURES.of(path) for path in pictures}, []
     for path, (width, height) in pictures.items():
         growth = max(width / picture_size(path)[0], height / picture_size(path)[1])
         if growth > 1.5:
             told.append(f"{path.name} is small and was enlarged {growth:.1f} times; a larger one would look sharper.")
-        elif marks[path][1] < 1.5:
+        elif marks[path].sharpness < 1.5:
             told.append(f"{path.name} looks blurry; the subject will come out so.")
     alike = [f"{one.name} and {other.name}" for one, other in itertools.combinations(pictures, 2)
-             if (marks[one][0] ^ marks[other][0]).bit_count() <= 3]
+             if (marks[one].bits ^ marks[other].bits).bit_count() <= 3]
     if alike:
         told.append(f"{', '.join(alike[:5])} look alike; different poses and places teach more.")
     odd = [path.name for path in pictures if has_unused_profile(path)]
@@ -2138,6 +2217,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_session
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -2173,6 +2253,29 @@ class Source(NamedTuple):
         return {"revision": self.revision, "cache_dir": self.cache_dir, **place}
 
 
+class PhaseMemory:
+    """The peak of each phase in a GPU's memory, in GB; what one has reserved is given back before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.backend = torch.get_device_module(device) if device.type == "cuda" else None
+        self.phase, self.peaks = "", {}
+
+    def begin(self, phase: str) -> None:
+        """End the phase before, and begin another one, or go on with one that was interrupted."""
+        if self.backend:
+            self.measure()
+            self.backend.empty_cache()
+            self.backend.reset_peak_memory_stats()
+        self.phase = phase
+
+    def measure(self) -> dict[str, float]:
+        """Return the peaks so far, by phase."""
+        if self.backend and self.phase:
+            peak = self.backend.max_memory_allocated() / GB
+            self.peaks[self.phase] = max(peak, self.peaks.get(self.phase, 0.0))
+        return self.peaks
+
+
 @dataclass(frozen=True)
 class Run:
     """What all phases share: the flags, the machine, the seed, and what the base model's configuration says."""
@@ -2180,10 +2283,12 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     stop: StopSignals
+    waiting_group: Any  # of the ranks' hosts; None for one process
     seed: int
     base: Source
     vae: Source
     store: Store
+    memory: PhaseMemory
     scheduler: Any
     zeros_for_empty_prompt: bool  # no negative prompt means zeros, as in SDXL base 1.0
     vae_factor: int  # pixels to a latent
@@ -2227,6 +2332,7 @@ def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) 
     if unpacked.is_dir():
         return unpacked
     check_space(folder, path.stat().st_size, "the single file, unpacked")
+    sweep(folder, before=time.time() - 86400)
     kind, place = (AutoencoderKL, {"subfolder": "vae"}) if is_vae else (StableDiffusionXLPipeline, {})
     largest_one = max(tensors.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
     dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest_one["dtype"], torch.float32)
@@ -2245,14 +2351,15 @@ def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) 
     return unpacked
 
 
-def find_sources(args: argparse.Namespace, store: Store) -> tuple[Source, Source]:
-    """Where the base model and the VAE come from; single files are unpacked into the cache. Raises UserError."""
+def find_sources(args: argparse.Namespace) -> tuple[Source, Source]:
+    """Where the base model and the VAE come from; single files are unpacked once for all runs. Raises UserError."""
     base, other = Path(args.pretrained_model_name_or_path), args.pretrained_vae_model_name_or_path
+    folder = Path(args.cache_dir or HF_HOME, "train_dreambooth_lora_sdxl")
     name = args.pretrained_model_name_or_path
     if base.is_file() and (args.estimate_memory or args.dry_run):
         name = args.single_file_config or SDXL_CONFIG
     elif base.is_file():
-        name = str(unpack(base, store.folder, args.single_file_config, args.cache_dir))
+        name = str(unpack(base, folder, args.single_file_config, args.cache_dir))
     version = (None, None) if base.is_file() else (args.revision, args.variant)
     source = Source(name, *version, args.cache_dir, allow_pickle=args.allow_pickle)
     if not other:
@@ -2260,7 +2367,7 @@ def find_sources(args: argparse.Namespace, store: Store) -> tuple[Source, Source
     if Path(other).is_file() and (args.estimate_memory or args.dry_run):
         return source, source
     if Path(other).is_file():
-        other = str(unpack(Path(other), store.folder, args.single_file_config or name, args.cache_dir))
+        other = str(unpack(Path(other), folder, args.single_file_config or name, args.cache_dir))
     # the base model's revision and variant do not apply to another VAE
     return source, Source(other, None, None, args.cache_dir, False, args.allow_pickle)
 
@@ -2527,13 +2634,31 @@ def low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> T
     return output + nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
+def autocast_forward(layer: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Run peft's forward of a layer with its products in dtype."""
+    if dtype == torch.float32 or x.is_meta:  # the meta device has no autocast
+        return type(layer).forward(layer, x).to(dtype)
+    with torch.autocast(x.device.type, dtype):
+        return type(layer).forward(layer, x).to(dtype)
+
+
+def convolve_lora(layer: nn.Module, x: Tensor) -> Tensor:
+    """Run a convolution with its LoRA in the dtype of x (B, in, h, w), where peft computes in float32."""
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    hidden = down._conv_forward(layer.lora_dropout["default"](x), down.weight.to(x.dtype), None)
+    added = up._conv_forward(hidden, up.weight.to(x.dtype), None)
+    return layer.base_layer(x) + added * layer.scaling["default"]
+
+
 def lean_forward(layer: nn.Module, dtype: torch.dtype,
                  compiled: bool) -> tuple[Callable | None, list[tuple[Tensor, Tensor]]]:
     """A forward for one of peft's linear layers, and (master, copy) of A and B, where it reads copies in dtype."""
     base, dropout, scale = layer.base_layer, layer.lora_dropout["default"], layer.scaling["default"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    if not isinstance(layer, peft.tuners.lora.Linear) or layer.lora_variant:
-        return None, []  # a convolution, or DoRA: peft's own
+    if layer.lora_variant:  # DoRA: peft's own, in dtype as all else; by itself it computes in float32
+        return functools.partial(autocast_forward, layer, dtype), []
+    if not isinstance(layer, peft.tuners.lora.Linear):
+        return functools.partial(convolve_lora, layer), []
     if compiled:
         return lambda x: low_rank(base(x), dropout(x), a, b, scale), []
     half_a, half_b = a.detach().to(dtype), b.detach().to(dtype)  # the same storage where dtype is float32
@@ -2559,10 +2684,12 @@ class TrainableSDXL(nn.Module):
         self.forwards = {layer: forward for layer, (forward, _) in zip(self.layers, lean, strict=True)}
         pairs = [pair for _, copies in lean for pair in copies]
         self.masters, self.copies = [master for master, _ in pairs], [copy for _, copy in pairs]
+        self.moves = 0  # how often the frozen weights got other addresses
         self.run_lean(True)
 
     def run_lean(self, lean: bool) -> None:
         """Run the adapters through kernels of their own, or as peft does."""
+        self.is_lean = lean
         for layer in self.layers:
             vars(layer).pop("forward", None)
             if lean and self.forwards[layer]:
@@ -2576,7 +2703,7 @@ class TrainableSDXL(nn.Module):
         try:
             yield
         finally:
-            self.run_lean(True)
+            self.run_lean(self.is_lean)
 
     def scales(self) -> dict[str, float]:
         """What each adapted module's B A is multiplied with, by component and module."""
@@ -2619,12 +2746,41 @@ def checkpointed(args: argparse.Namespace) -> int:
     return args.checkpoint_blocks if args.checkpoint_blocks is not None else ALL_BLOCKS * args.gradient_checkpointing
 
 
+class RecompileLimit(logging.Filter):
+    """Counts the functions that dynamo stopped compiling, of which it tells in a warning alone."""
+
+    hits = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Count such a warning and pass it over."""
+        is_hit = "hit config." in str(record.msg)
+        self.hits += is_hit
+        return not is_hit
+
+
+RECOMPILE_LIMIT = RecompileLimit()
+
+
+def graphs_compiled() -> str:
+    """Say how many graphs were compiled in this run, and whether dynamo went on without some; empty if none were."""
+    if "torch._dynamo" not in sys.modules:
+        return ""
+    count, hits = torch._dynamo.utils.counters["stats"]["unique_graphs"], RECOMPILE_LIMIT.hits
+    more = f"; {hits} functions were recompiled too often and ran without" if hits else ""
+    return f"{count} graphs{more}" if count else ""
+
+
 def compile_unet(run: Run, unet: UNet2DConditionModel) -> bool:
     """Compile the UNet in place, whole or each repeated block, if the flag or accelerate says so; returns whether."""
     plugin, asked = run.accelerator.state.dynamo_plugin, run.args.torch_compile
     if not asked and plugin.backend.value == "NO":
         return False
     options = {**plugin.to_kwargs(), **({"backend": "inductor"} if asked else {})}
+    # each width, batch, bucket, and mode of gradients is a graph; at its usual limit of 8 dynamo goes on without them
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.utils.counters["stats"].clear()
+    RECOMPILE_LIMIT.hits = 0
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(RECOMPILE_LIMIT)
     regional = asked == "regional" if asked else plugin.use_regional_compilation
     (unet.compile_repeated_blocks if regional else unet.compile)(**options)
     return True
@@ -2844,11 +3000,12 @@ def load_trainable(run: Run) -> TrainableSDXL:
 
 
 @contextmanager
-def written_beside(path: Path, shared: bool = False, size: int = 0) -> Iterator[Path]:
+def written_beside(path: Path, shared: bool = False, size: int = 0, durable: bool = False) -> Iterator[Path]:
     """A file or folder to write that becomes `path` when the block ends well: nothing half-written bears its name.
 
-    What others may write at the same time is shared. Raises TrainingError, which tells how many bytes are to be
-    written if size is given, where the disk is full.
+    What others may write at the same time is shared; what must survive a power failure is durable, which costs an
+    fsync a file. Raises TrainingError, which tells how many bytes are to be written if size is given, where the disk
+    is full.
     """
     writer = f".{os.urandom(6).hex()}" * shared  # not the process's number: in another container there is the same
     unfinished, outdated = path.with_name(f".{path.name}{writer}.tmp"), None
@@ -2856,12 +3013,14 @@ def written_beside(path: Path, shared: bool = False, size: int = 0) -> Iterator[
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(unfinished)  # of a run that was killed
         yield unfinished
-        to_disk(unfinished)
+        if durable:
+            to_disk(unfinished)
         if path.is_dir():  # a folder cannot be replaced, as a file can
             path.replace(outdated := path.with_name(f".{path.name}{writer}.outdated.tmp"))
         unfinished.replace(path)
         remove(outdated or unfinished)
-        to_disk(path.parent)
+        if durable:
+            to_disk(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
         remove(unfinished)
         causes = (error, error.__context__, error.__cause__)
@@ -2875,9 +3034,9 @@ def written_beside(path: Path, shared: bool = False, size: int = 0) -> Iterator[
 
 
 @contextmanager
-def output_file(path: Path, size: int = 0) -> Iterator[Path]:
+def output_file(path: Path, size: int = 0, durable: bool = False) -> Iterator[Path]:
     """written_beside for a file of the output folder, whose hash is in the manifest before it is there."""
-    with written_beside(path, size=size) as unfinished:
+    with written_beside(path, size=size, durable=durable) as unfinished:
         yield unfinished
         manifest = read_manifest(path.parent)
         if os.path.lexists(path) and not is_own(path.parent, path.name, manifest):  # came while the run lasted
@@ -2894,12 +3053,12 @@ def write_manifest(output: Path, manifest: dict[str, list[str]]) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Let a file or a folder, with what is in it, survive a power failure."""
+    """Let a file or a folder, with what is in it, survive a power failure, as far as the file system can."""
     if os.name != "posix":  # elsewhere folders cannot be opened
         return
     for part in (*(path.rglob("*") if path.name.endswith(".tmp") and path.is_dir() else ()), path):
         handle = os.open(part, os.O_RDONLY)
-        with suppress(*[OSError] * part.is_dir()):  # which some file systems cannot
+        with suppress(OSError):
             os.fsync(handle)
         os.close(handle)
 
@@ -2994,7 +3153,7 @@ class Store:
     """Tensors in a folder, by key. A broken file counts as missing; any number of runs may share the folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.lock = folder, threading.Lock()
         self.found, self.made, self.broken = 0, 0, 0
 
     def path(self, key: str) -> Path:
@@ -3008,13 +3167,14 @@ class Store:
     def has(self, key: str) -> bool:
         """Whether there is a whole file of a key; reads its header only, which says how long it must be."""
         try:
-            with safe_open(self.path(key), framework="pt"):
+            with safe_open(self.path(key), framework="pt"), self.lock:
                 self.found += 1
                 return True
         except FileNotFoundError:
             return False
         except (OSError, SafetensorError):
-            self.broken += 1
+            with self.lock:
+                self.broken += 1
             return False
 
     def put(self, key: str, **tensors: Tensor) -> None:
@@ -3043,7 +3203,7 @@ class Store:
         return f"{made} pictures and prompts encoded, {found} found in {self.folder}{mended}"
 
 
-def identity(source: Source, part: str) -> str:
+def weights_fingerprint(source: Source, part: str) -> str:
     """What stands for a part's weights in a key: a Hub model's commit, or local files' places, sizes and times."""
     if Path(source.name).is_dir():
         files = sorted(path.resolve() for path in Path(source.name, part if source.is_pipeline else "").iterdir())
@@ -3104,9 +3264,32 @@ def pick(tensor: Tensor, numbers: Iterable[int]) -> Tensor:
     return torch.stack([tensor[number] for number in numbers])
 
 
-def resident(read: Callable[[int], Any], count: int, size: float) -> Callable[[int], Any]:
-    """A function from numbers to what is read of them: a small set stays on the device, a large one on the disk."""
+def preload(read: Callable[[int], Any], count: int, size: float) -> Callable[[int], Any]:
+    """A function from numbers to what is read of them: a small set stays in memory, a large one on the disk."""
     return read if count * size > RESIDENT_BYTES else [read(number_) for number_ in range(count)].__getitem__
+
+
+class DiskRows:
+    """Rows that are too many for the device: read from the disk and pinned by a thread, before they are needed."""
+
+    def __init__(self, read: Callable[[int], Tensor], device: torch.device) -> None:
+        self.read, self.device = read, device
+        self.thread, self.pending = ThreadPoolExecutor(1), {}
+
+    def load(self, number_: int) -> Tensor:
+        """Read a row into memory from which a GPU copies by itself."""
+        row = self.read(number_)
+        return row.pin_memory() if self.device.type == "cuda" else row
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Begin to read these rows, which are needed next."""
+        numbers = dict.fromkeys(numbers)
+        self.pending = {n: self.pending.get(n) or self.thread.submit(self.load, n) for n in numbers}
+
+    def __call__(self, number_: int) -> Tensor:
+        """Return a row on the device, which does not wait for the copy."""
+        future = self.pending.get(number_)
+        return (future.result() if future else self.load(number_)).to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -3134,7 +3317,7 @@ def build_text(run: Run, prompts: Iterable[str], trained: bool, dtype: torch.dty
                            sum(new_tokens(run.args).values(), []))
     if trained:
         return TextTable(numbers, list(zip(*(rows.to(run.device) for rows in ids), strict=True)).__getitem__)
-    made_by = [identity(run.base, part) for part in TEXT_ENCODERS]
+    made_by = [weights_fingerprint(run.base, part) for part in TEXT_ENCODERS]
     skipped = [run.args.clip_skip] * bool(run.args.clip_skip)
     keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair), *skipped)
             for pair in zip(*ids, strict=True)]
@@ -3150,7 +3333,7 @@ def build_text(run: Run, prompts: Iterable[str], trained: bool, dtype: torch.dty
         row = run.store.get(keys[number_], run.device)
         return row["embeds"], row["pooled"]
 
-    return TextTable(numbers, resident(read, len(keys), run.store.size(keys[0])))
+    return TextTable(numbers, preload(read, len(keys), run.store.size(keys[0])))
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -3193,26 +3376,32 @@ def move_frozen(unet: nn.Module, device: torch.device) -> None:
             parameter.data = parameter.data.to(device)
 
 
-@torch.no_grad()
-def decode_latents(run: Run, unet: nn.Module, vae: AutoencoderKL, latents: Iterable[Tensor]) -> list[Image.Image]:
-    """Pictures of latents (B, 4, h, w), as the pipeline makes them, one at a time; the VAE leaves the device after.
+@contextmanager
+def offloaded(run: Run, model: TrainableSDXL) -> Iterator[None]:
+    """Keep the UNet on the host for as long as the block lasts, where memory is short."""
+    if not checkpointed(run.args):
+        yield
+        return
+    move_frozen(model.unet, torch.device("cpu"))
+    try:
+        yield
+    finally:
+        move_frozen(model.unet, run.device)
+        model.moves += 1
 
-    Where memory is short the UNet stands aside meanwhile.
-    """
-    config, dtype = vae.config, vae_dtype(vae.config, vae.dtype)
-    move_frozen(unet, torch.device("cpu") if checkpointed(run.args) else run.device)
-    vae.to(run.device, dtype)
-    pictures = []
-    for row in (row for part in latents for row in part.to(dtype).split(1)):
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Iterable[Tensor]) -> list[Image.Image]:
+    """Decode latents (B, 4, h, w) as the pipeline does, one picture at a time; the VAE is on the device already."""
+    config, pictures, place = vae.config, [], {"device": vae.device, "dtype": vae.dtype}
+    for row in (row for part in latents for row in part.to(**place).split(1)):
         if config.get("latents_mean") and config.get("latents_std"):
-            mean, std = (torch.tensor(config[name], device=run.device, dtype=dtype).view(1, -1, 1, 1)
+            mean, std = (torch.tensor(config[name], **place).view(1, -1, 1, 1)
                          for name in ("latents_mean", "latents_std"))
             scaled = row * std / config.scaling_factor + mean
         else:
             scaled = row / config.scaling_factor
         pictures += VaeImageProcessor().postprocess(vae.decode(scaled).sample, output_type="pil")
-    vae.to("cpu")
-    move_frozen(unet, run.device)
     return pictures
 
 
@@ -3248,19 +3437,37 @@ def make_class_images(run: Run) -> None:
     if any(gather_object([bool(missing)])):  # all ranks encode together, also those that will draw nothing
         table = build_text(run, [args.class_prompt], trained=False, dtype=dtype)
     if share:
-        unet, vae = load_unet(run, dtype), load_part(run.vae, "vae", dtype)
-        model = TrainableSDXL(unet)
-        bar = progress_bar(len(share), "Class pictures")
-        for first in range(0, len(share), drawn_at_once(args)):
-            part = share[first:first + drawn_at_once(args)]
-            seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
-            latents = draw(run, model, table, of_class, seeds)
-            images = decode_latents(run, unet, vae, [latents])
-            for image, (_, path) in zip(images, part, strict=True):
-                save_picture(image, path)
-            bar.update(len(part))
-        bar.close()
+        weights = [weights_fingerprint(run.base, part) for part in ("unet", *TEXT_ENCODERS)]
+        made_by = (*weights, run.seed, dtype, of_class, args.base_precision, args.clip_skip,
+                   dict(run.scheduler.config))
+        keys = {path: content_key("class picture", index, *made_by) for index, path in share}
+        generate_class_latents(run, table, of_class, share, keys)
+        vae, store = load_vae(run.vae, dtype, run.device), Store(run.store.folder)
+        for path, key in keys.items():
+            (image,) = decode_latents(vae, [store.get(key, run.device)["latents"]])
+            save_picture(image, path)
+            remove(store.path(key))
     accelerator.wait_for_everyone()
+
+
+def generate_class_latents(run: Run, table: TextTable, prompt: ValidationPrompt, share: Sequence[tuple[int, Path]],
+                           keys: dict[Path, str]) -> None:
+    """Generate the latents of class pictures and keep each (1, 4, h, w) on the disk, so that a stopped run goes on.
+
+    They are decoded later: UNet and VAE are loaded once each, one after the other.
+    """
+    store, dtype = Store(run.store.folder), class_dtype(run)
+    missing = [(index, keys[path]) for index, path in share if not store.has(keys[path])]
+    if not missing:
+        return
+    model, bar = TrainableSDXL(load_unet(run, dtype)), progress_bar(len(missing), "Class pictures")
+    for first in range(0, len(missing), drawn_at_once(run.args)):
+        part = missing[first:first + drawn_at_once(run.args)]
+        seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
+        for row, (_, key) in zip(draw(run, model, table, prompt, seeds).split(1), part, strict=True):
+            store.put(key, latents=row)
+        bar.update(len(part))
+    bar.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -3305,21 +3512,29 @@ class Cache:
         mean, std = rows[:, :-1].chunk(2, dim=1)
         return mean, std, rows[:, -1:]
 
-    def batch(self, table: TextTable, order: Order, n: int) -> Batch:
-        """Gather micro-batch n; which view of a picture and which prompt it sees is a function of n, too.
+    def views_at(self, order: Order, n: int) -> list[int]:
+        """The views that the rows of micro-batch n see; all of a picture's in turn before any comes again.
 
         Rows of the class take the bucket of the subject's rows that they stand beside.
         """
         seats = order.rows(n)
-        rows, choices = [row for row, _ in seats], [self.views[row, self.buckets[seats[0].sample]] for row, _ in seats]
-        # all views in turn before any comes again
-        seen = [views[seat(range(len(views)), position_seed(order.seed, "view", row), looks).sample]
+        choices = [self.views[row, self.buckets[seats[0].sample]] for row, _ in seats]
+        return [views[seat(range(len(views)), position_seed(order.seed, "view", row), looks).sample]
                 for (row, looks), views in zip(seats, choices, strict=True)]
+
+    def batch(self, table: TextTable, order: Order, n: int, stride: int = 1) -> Batch:
+        """Gather micro-batch n; which view of a picture and which prompt it sees is a function of n, too.
+
+        This process computes every stride-th micro-batch: the next one's views are read from the disk meanwhile.
+        """
+        rows, seen = [row for row, _ in order.rows(n)], self.views_at(order, n)
         dropped = [i < order.batch_size and random.Random(position_seed(order.seed, "caption", n, i)).random()
                    < self.caption_dropout for i in range(len(rows))]
         empty = table.numbers[""]
         text = table.at([empty if drop else self.prompts[row] for row, drop in zip(rows, dropped, strict=True)])
         mean, std, mask = self.moments(seen)
+        if isinstance(self.view, DiskRows):
+            self.view.prefetch(self.views_at(order, n + stride))
         return Batch(mean, std, text, pick(self.add_time_ids, seen), pick(self.weight, rows), order.batch_size,
                      tuple(self.names[row] for row in rows), mask)
 
@@ -3340,17 +3555,12 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
     """Encode one picture to the moments of its latent distribution.
 
     pixels: (3, H, W) in [-1, 1], H and W multiples of 8. Returns mean and std, each (4, h, w), scaled, float32.
-    Raises TrainingError naming the picture if the VAE's answer is not finite even in float32.
+    Raises TrainingError naming the picture if the VAE's answer is not finite.
     """
-    usual = vae.dtype
-    for dtype in dict.fromkeys((usual, torch.float32)):
-        posterior = vae.to(dtype=dtype).encode(pixels[None].to(vae.device, dtype)).latent_dist
-        mean, std = posterior.mean[0].float(), posterior.std[0].float()
-        if mean.isfinite().all() and std.isfinite().all():
-            break
-    else:
+    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+    mean, std = posterior.mean[0].float(), posterior.std[0].float()
+    if not (mean.isfinite().all() and std.isfinite().all()):
         raise TrainingError(f"the VAE has no finite answer for {name}: look at the picture, or use another VAE.")
-    vae.to(dtype=usual)
     shift = torch.tensor(getattr(vae.config, "latents_mean", None) or 0.0, device=mean.device).view(-1, 1, 1)
     spread = torch.tensor(getattr(vae.config, "latents_std", None) or 1.0, device=mean.device).view(-1, 1, 1)
     factor = vae.config.scaling_factor / spread
@@ -3366,58 +3576,79 @@ def view_count(args: argparse.Namespace, is_class: bool, buckets: int) -> int:
     return max(1, args.cache_variants // (buckets if is_class else args.repeats))
 
 
-def views_of(run: Run, sample: Sample, bucket: Bucket,
-             count: int) -> tuple[tuple[int, int], dict[View, tuple[np.ndarray, np.ndarray]]]:
-    """A sample's original width and height, and its distinct views for a bucket: pixels (height, width, 3), and a
-    mask of a byte a latent, which is white unless --masked_loss is on.
-
-    Views follow from the picture alone, not from the run's seed, so that another run finds them encoded.
-    """
-    args, picture = run.args, load_picture(sample.path)
-    small = picture.resize(resized(picture.size, bucket), Image.Resampling[args.image_interpolation_mode.upper()])
-    own = load_mask(args, sample.path) if args.masked_loss and not sample.is_class else None
-    mask = own.resize(small.size, Image.Resampling.BILINEAR) if own else Image.new("L", small.size, 255)
-    picture_key = content_key(picture.size, picture.tobytes())
-    seeds = [position_seed(picture_key, sample.repeat, variant) for variant in range(count)]
-    views = [choose_view(small.size, bucket, args.center_crop, args.random_flip, random.Random(seed))
-             for seed in seeds]
-    latent = bucket[0] // run.vae_factor, bucket[1] // run.vae_factor
-    return picture.size, {view: (np.array(cut_view(small, view, bucket)),
-                                 np.array(cut_view(mask, view, bucket).resize(latent, Image.Resampling.BOX)))
-                          for view in dict.fromkeys(views)}
-
-
 class Look(NamedTuple):
     """A view as it is kept."""
 
     key: str  # of its tensor in the store
-    pixels: str  # a hash
+    pixels: str  # a hash of what they are made of
     add_time_ids: tuple[int, ...]
 
 
+def choose_views(run: Run, sample: Sample, bucket: Bucket, count: int, vae: str) -> dict[View, Look]:
+    """Choose up to that many distinct views of a sample for a bucket; vae is the fingerprint of its weights.
+
+    They follow from the picture alone, not from the run's seed, so that another run finds them encoded.
+    """
+    args, size, picture = run.args, picture_size(sample.path), KNOWN_PICTURES.of(sample.path).key
+    is_masked = args.masked_loss and not sample.is_class
+    mask = (find_mask(args, sample.path) or sample.path).read_bytes() if is_masked else None  # or its own alpha
+    how = args.image_interpolation_mode, mask
+    seeds = [position_seed(picture, sample.repeat, variant) for variant in range(count)]
+    views = [choose_view(resized(size, bucket), bucket, args.center_crop, args.random_flip, random.Random(seed))
+             for seed in seeds]
+    made_of = {view: content_key(picture, *how, bucket, tuple(view)) for view in views}
+    return {view: Look(content_key(vae, torch.float32, key), key,
+                       (size[1], size[0], view.top, view.left, bucket[1], bucket[0]))
+            for view, key in made_of.items()}
+
+
+def cut_views(run: Run, sample: Sample, picture: Image.Image, bucket: Bucket,
+              views: Iterable[View]) -> dict[View, tuple[np.ndarray, np.ndarray]]:
+    """Cut views of a sample's picture: pixels (height, width, 3), and a mask of a byte a latent, which is white unless
+    --masked_loss is on.
+    """
+    args = run.args
+    small = picture.resize(resized(picture.size, bucket), Image.Resampling[args.image_interpolation_mode.upper()])
+    own = load_mask(args, sample.path) if args.masked_loss and not sample.is_class else None
+    mask = own.resize(small.size, Image.Resampling.BILINEAR) if own else Image.new("L", small.size, 255)
+    latent = bucket[0] // run.vae_factor, bucket[1] // run.vae_factor
+    return {view: (np.array(cut_view(small, view, bucket)),
+                   np.array(cut_view(mask, view, bucket).resize(latent, Image.Resampling.BOX))) for view in views}
+
+
 def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -> dict[Place, list[Look]]:
-    """The looks of this rank's share of the places; what the store lacks is encoded, by a VAE loaded if need be."""
-    vae = functools.cache(lambda: load_vae(run.vae, run.dtype, run.device))
-    made_by, looks = (identity(run.vae, "vae"), run.dtype), {}
-    share = [places[i] for i in local_share(len(places), run.accelerator)]
+    """Return the looks of this rank's share of the places.
+
+    What the store lacks is encoded in float32, once and for ever, by a VAE that is loaded if need be; a picture of
+    which it lacks nothing is not decoded.
+    """
+    vae, looks, made = functools.cache(lambda: load_vae(run.vae, torch.float32, run.device)), {}, set()
+    fingerprint, by_path = weights_fingerprint(run.vae, "vae"), {}
+    for place in places:
+        by_path.setdefault(samples[place[0]].path, []).append(place)
+    share = [list(by_path.values())[i] for i in local_share(len(by_path), run.accelerator)]
     buckets = len({bucket for _, bucket in places})
 
-    def views_at(place: Place) -> tuple:
-        sample = samples[place[0]]
-        return views_of(run, sample, place[1], view_count(run.args, sample.is_class, buckets))
+    def prepare(own: list[Place]) -> list[tuple[Place, dict[View, Look], dict]]:
+        """Choose the views of a picture, and cut those that the store lacks."""
+        count = view_count(run.args, samples[own[0][0]].is_class, buckets)
+        chosen = [(place, choose_views(run, samples[place[0]], place[1], count, fingerprint)) for place in own]
+        missing = [[view for view, look in views.items() if not run.store.has(look.key)] for _, views in chosen]
+        picture = KNOWN_PICTURES.take(samples[own[0][0]].path) if any(missing) else None
+        cuts = [cut_views(run, samples[place[0]], picture, place[1], lacking) if lacking else {}
+                for (place, _), lacking in zip(chosen, missing, strict=True)]
+        return [(place, views, {views[view].key: cut for view, cut in of_place.items()})
+                for (place, views), of_place in zip(chosen, cuts, strict=True)]
 
-    viewed = ahead(views_at, share, run.args.dataloader_num_workers)
-    bar = progress_bar(len(share), "Pictures", delay=5)
-    for place, (size, views) in zip(share, viewed, strict=True):
-        number_, bucket = place
-        looks[place] = []
-        for view, (cut, mask) in views.items():
-            pixels = content_key(bucket, cut.tobytes(), mask.tobytes())
-            key = content_key(*made_by, pixels)
-            if not run.store.has(key):
-                mean, std = encode_image(vae(), to_pixels(cut), str(samples[number_].path))
+    bar = progress_bar(sum(map(len, share)), "Pictures", delay=5)
+    prepared = prefetch(prepare, share, run.args.dataloader_num_workers)
+    for place, views, cuts in itertools.chain.from_iterable(prepared):
+        looks[place] = list(views.values())
+        for key, (cut, mask) in cuts.items():
+            if key not in made:  # another sample may have the same pixels
+                mean, std = encode_image(vae(), to_pixels(cut), str(samples[place[0]].path))
                 run.store.put(key, view=torch.cat([mean, std, torch.from_numpy(mask)[None].to(mean) / 255]))
-            looks[place].append(Look(key, pixels, (size[1], size[0], view.top, view.left, bucket[1], bucket[0])))
+                made.add(key)
         bar.update()
     bar.close()
     return looks
@@ -3434,6 +3665,8 @@ def build_cache(run: Run, samples: Sequence[Sample], buckets: Sequence[Bucket], 
     used = dict.fromkeys(buckets)
     places = list(enumerate(buckets)) + [(i, bucket) for i in range(len(buckets), len(samples)) for bucket in used]
     parts = gather_object([encode_views(run, samples, places)])
+    if run.accelerator.is_local_main_process:
+        KNOWN_PICTURES.write(run.store.folder)
     looks = {place: seen for part in parts for place, seen in part.items()}
     numbers = {look: i for i, look in enumerate(dict.fromkeys(look for place in places for look in looks[place]))}
     ids = [look.add_time_ids for look in numbers]
@@ -3477,15 +3710,17 @@ def changed_pictures(before: dict[str, list[str]], now: dict[str, list[str]]) ->
 def open_views(store: Store, keys: list[str], device: torch.device, background: float) -> Callable[[int], Tensor]:
     """A function from a view's number to its tensor: a small set stays on the device, a large one on the disk."""
 
-    def read(number_: int) -> Tensor:
-        view = store.get(keys[number_], device)["view"]
+    def read(number_: int, place: torch.device) -> Tensor:
+        view = store.get(keys[number_], place)["view"]
         weight = background + (1 - background) * view[-1:]
         return torch.cat([view[:-1], weight / weight.mean()])
 
-    return resident(read, len(keys), store.size(keys[0]))
+    rows = preload(functools.partial(read, place=device), len(keys), store.size(keys[0]))
+    is_resident = not isinstance(rows, functools.partial)
+    return rows if is_resident else DiskRows(functools.partial(read, place=torch.device("cpu")), device)
 
 
-def ahead(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> Iterator[Any]:
+def prefetch(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> Iterator[Any]:
     """Map work over places with that many threads, a few pictures ahead of the VAE and no more."""
     if not workers:
         yield from map(work, places)
@@ -3983,7 +4218,7 @@ def save_checkpoint(run: Run, state: TrainingState, step: int, total_steps: int)
     saved, output, keep = state.state_dict(step), run.output, run.args.checkpoints_total_limit
     size = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
     is_end = step == total_steps and not due(step, run.args.checkpointing_steps)
-    with written_beside(output / f"{'last' if is_end else 'checkpoint'}-{step}", size=size) as folder:
+    with written_beside(output / f"{'last' if is_end else 'checkpoint'}-{step}", size=size, durable=True) as folder:
         folder.mkdir()
         with state.average.shown():
             write_loras(run, folder, state.model)
@@ -4016,9 +4251,8 @@ class StopSignals:
     Ctrl-C at once. The clock asks for the same, and for checkpoints.
     """
 
-    def __init__(self, run_minutes: float | None = None, checkpoint_minutes: float | None = None,
-                 timeout: float = 600) -> None:
-        self.signum, self.before, self.timeout = 0, {}, timedelta(seconds=timeout)
+    def __init__(self, run_minutes: float | None = None, checkpoint_minutes: float | None = None) -> None:
+        self.signum, self.before, self.cpu_group = 0, {}, None
         self.at_once: str | None = BEFORE_TRAINING  # what is told where no step is to be ended first
         self.began = self.saved = time.monotonic()
         self.run_seconds = 60 * (run_minutes or math.inf)
@@ -4032,13 +4266,6 @@ class StopSignals:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
-    @functools.cached_property
-    def hosts(self) -> Any:
-        """The group through which the ranks' hosts talk, beside that of their devices; None is the usual one."""
-        if torch.distributed.get_backend() == "gloo":
-            return None
-        return torch.distributed.new_group(backend="gloo", timeout=self.timeout)
-
     def note(self, signum: int, frame: object) -> None:
         """Remember the first signal, if there is a step to end. Raises Stopped otherwise."""
         if self.signum and signum != signal.SIGINT:  # launchers hand on what the whole group was sent already
@@ -4049,16 +4276,16 @@ class StopSignals:
         if self.at_once:
             raise Stopped(signum, self.at_once)
 
-    def wishes(self, accelerator: Accelerator) -> tuple[int, int]:
-        """What any rank has been asked for, on all ranks at the same step: by which signal's number (or TIME_IS_UP) to
-        stop, and whether a checkpoint is due by the clock; 0 is no.
+    def sync_stop_flags(self) -> tuple[int, int]:
+        """Return what any rank has been asked for, on all ranks at the same step: by which signal's number (or
+        TIME_IS_UP) to stop, and whether a checkpoint is due by the clock; 0 is no.
         """
         now = time.monotonic()
         stop = self.signum or TIME_IS_UP * (now - self.began > self.run_seconds)
         save = int(now - self.saved > self.checkpoint_seconds)
-        if accelerator.num_processes > 1:
+        if self.cpu_group is not None:
             asked = torch.tensor([stop, save])  # on the host: no step waits for its device here
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.hosts)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.cpu_group)
             stop, save = asked.tolist()
         return stop, save
 
@@ -4097,12 +4324,15 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
 
     @torch.no_grad()
     def validate(step: int) -> None:
+        run.memory.begin("validation")
         with as_users_load_it(model):
             latents = [picture(index) for index in share if not run.stop.signum]  # the memory of one at a time
-        images = decode_latents(run, model.unet, load_part(run.vae, "vae", run.dtype), latents)
+        with offloaded(run, model):
+            images = decode_latents(load_vae(run.vae, run.dtype, run.device), latents)
+        run.memory.begin("training")
         pictures = gather_object(list(zip(share, images, strict=False)))  # fewer, where a signal came
         if accelerator.is_main_process and pictures:
-            with only_to_look_at("pictures"):
+            with best_effort("pictures"):
                 show_pictures(run, step, sorted(pictures, key=lambda numbered: numbered[0]))
             report()
         accelerator.wait_for_everyone()
@@ -4111,7 +4341,7 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
 
 
 @contextmanager
-def only_to_look_at(what: str) -> Iterator[None]:
+def best_effort(what: str) -> Iterator[None]:
     """What nobody needs to go on with must not end a run: a full disk, a picture that was moved meanwhile."""
     try:
         yield
@@ -4281,7 +4511,7 @@ def curve(name: str, points: Sequence[tuple[float, float]]) -> str:
             f"</svg><figcaption>{name}</figcaption></figure>")
 
 
-@only_to_look_at("report")
+@best_effort("report")
 def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
     """Write report.html from what is in the output folder."""
     escape, args, sheet = html.escape, run.args, run.output / "progress.png"
@@ -4338,7 +4568,7 @@ class Progress:
     def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int,
                  monitor: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
         self.monitor = monitor
-        self.timesteps = run.scheduler.config.num_train_timesteps
+        self.timesteps, self.memory = run.scheduler.config.num_train_timesteps, run.memory
         self.accelerator, self.scaler, self.lr_scheduler = run.accelerator, run.accelerator.scaler, lr_scheduler
         self.samples_per_step = schedule.samples_per_step
         self.skips = run.args.on_nan == "skip"
@@ -4404,7 +4634,7 @@ class Progress:
         groups = zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True)
         rates = {f"lr/{group['name']}": rate * group.get("d", 1) for group, rate in groups}  # d: what Prodigy found
         speed = (self.step - self.looked_at) * self.samples_per_step / (now - self.since)
-        told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(losses.device),
+        told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(self.memory),
                 "samples_per_second": speed, **rates}
         told |= self.by_timestep() | self.monitor(self.step)
         self.accelerator.log(told, step=self.step)
@@ -4446,7 +4676,7 @@ MONITOR_LEVELS, MONITOR_WINDOW = 8, 5  # levels of noise, measures that tell of 
 
 
 def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
-                 objective: Objective) -> Callable[[int], dict[str, float]]:
+                 objective: Objective) -> Callable[[int, Average], dict[str, float]]:
     """A function of the step that tells, where that is due, how well the subject is known and how far the class moved.
 
     fit: the mean squared error on a batch of the subject's pictures; drift: the mean square between predictions for
@@ -4455,7 +4685,7 @@ def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
     """
     every, of = run.args.monitor_steps, objective.table
     if not every:
-        return lambda step: {}
+        return lambda step, average: {}
     bucket = cache.buckets[0]
     rows = [row for row, own in enumerate(cache.buckets) if own == bucket][:run.args.train_batch_size]
     seen = [cache.views[row, bucket][0] for row in rows]
@@ -4484,12 +4714,11 @@ def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
         of_class = predict(table.at([table.numbers[run.args.class_prompt]] * len(rows)))
         return distance(own, targets), distance(of_class, untrained())
 
-    def monitor(step: int) -> dict[str, float]:
+    def monitor(step: int, average: Average) -> dict[str, float]:
         if not due(step, every):
             return {}
-        model.eval()
-        fit, drift = look()
-        model.train()
+        with average.shown(), as_users_load_it(model):
+            fit, drift = look()
         before = [entry["monitor/fit"] for entry in read_history(run.output, before=step) if "monitor/fit" in entry]
         fits = [*before, fit]
         rest = statistics.pvariance(fits[-MONITOR_WINDOW:]) / (statistics.pvariance(fits) or 1.0)
@@ -4519,10 +4748,10 @@ class GradientWatch:
                            len(self.adapters), idle[0])
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that was in use, on the GPU or, without one, by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GB
+def peak_memory_gb(memory: PhaseMemory) -> float:
+    """Return the most memory that training had in use on a GPU or, without one, this process."""
+    if memory.backend:
+        return memory.measure()["training"]
     if importlib.util.find_spec("resource") is None:  # Windows
         return math.nan
     import resource
@@ -4693,12 +4922,125 @@ def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTabl
     return settle
 
 
+GradientStep = Callable[[Batch], Loss]
+"""Adds the gradients of a micro-batch to those of the adapters, and returns its loss, detached."""
+
+
+def eager_step(run: Run, model: TrainableSDXL, objective: Objective, batch: Batch) -> Loss:
+    """A GradientStep as PyTorch computes by default."""
+    loss = diffusion_loss(model, objective, batch)
+    run.accelerator.backward(loss.total / run.args.gradient_accumulation_steps)
+    return loss._replace(total=loss.total.detach())
+
+
+def capture_cuda_graph(step: Callable[[], Loss], pool: Any) -> Callable[[], Loss]:
+    """Record what a step launches. Returns its replay, whose result the next replay of any graph overwrites.
+
+    As in PyTorch's notes on CUDA, "whole-network capture": three steps on a side stream come first, in which libraries
+    choose their kernels and make their workspaces.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # another thread may pin memory
+        loss = step()
+
+    def replay() -> Loss:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+class GraphedStep:
+    """A GradientStep that is recorded once for each shape of batch and then replayed: one launch instead of thousands.
+
+    The numbers are those of the step that is recorded: PyTorch registers a device's generator with its graphs, so the
+    seed that is set before a replay counts. What a graph reads and writes must stay where it is: batches are copied
+    into tensors of their own, gradients are zeroed in place, and after frozen weights were moved it is recorded anew.
+    """
+
+    def __init__(self, step: GradientStep, model: TrainableSDXL, capture: Callable[..., Callable[[], Loss]],
+                 pool: Any = None) -> None:
+        self.step, self.model, self.capture, self.pool = step, model, capture, pool
+        self.graphs: dict[Any, tuple[list[Tensor], Callable[[], Loss]]] = {}
+        self.moves = model.moves
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Add the gradients of a micro-batch."""
+        if self.moves != self.model.moves:
+            self.graphs.clear()
+            self.moves = self.model.moves
+        leaves, structure = tree_flatten(batch._replace(names=()))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = structure, tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if key not in self.graphs:
+            static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            replay = self.record(tree_unflatten(static, structure))
+            self.graphs[key] = [leaf for leaf in static if isinstance(leaf, Tensor)], replay
+        inputs, replay = self.graphs[key]
+        torch._foreach_copy_(inputs, tensors)
+        return Loss(*(part.clone() for part in replay()))
+
+    def record(self, batch: Batch) -> Callable[[], Loss]:
+        """Record the step on a batch; gradients and random state are afterwards what they were."""
+        trained = [adapter for adapter in self.model.adapters.values() if adapter.requires_grad]
+        for adapter in trained:
+            adapter.grad = torch.zeros_like(adapter) if adapter.grad is None else adapter.grad
+        gradients = [adapter.grad for adapter in trained]
+        before = [gradient.clone() for gradient in gradients]
+        device = self.model.unet.device
+        backend = torch if device.type == "cpu" else torch.get_device_module(device)
+        random_state = backend.get_rng_state()
+        try:
+            return self.capture(functools.partial(self.step, batch), pool=self.pool)
+        except RuntimeError as error:
+            logger.warning("warning: --cuda_graph: this step cannot be recorded (%s); training goes on without.",
+                           first_line(error))
+            self.capture = lambda step, pool: step
+            return functools.partial(self.step, batch)
+        finally:
+            torch._foreach_copy_(gradients, before)
+            backend.set_rng_state(random_state)
+
+
+def graph_obstacle(run: Run) -> str:
+    """Say why a step cannot be recorded as a CUDA graph, or ""."""
+    args = run.args
+    share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
+    obstacles = {
+        f"{run.device} has none": run.device.type != "cuda",
+        "compiled code has graphs of its own": args.torch_compile
+        or run.accelerator.state.dynamo_plugin.backend.value != "NO",
+        "DoRA runs through peft": args.use_dora,
+        "blocks that are computed again read the random state for --lora_dropout": checkpointed(args)
+        and args.lora_dropout,
+        "the text encoders stop learning on the way": trains_text(args) and share < 1}
+    return next((sentence for sentence, applies in obstacles.items() if applies), "")
+
+
+def make_gradient_step(run: Run, model: TrainableSDXL, objective: Objective) -> GradientStep:
+    """Return the step of a micro-batch: eager, or graphed where --cuda_graph asks for it and nothing is in the way."""
+    step = functools.partial(eager_step, run, model, objective)
+    if not run.args.cuda_graph:
+        return step
+    obstacle = graph_obstacle(run)
+    if obstacle:
+        logger.warning("warning: --cuda_graph does nothing here: %s.", obstacle)
+        return step
+    return GraphedStep(step, model, capture_cuda_graph, torch.cuda.graph_pool_handle())
+
+
 class Events(NamedTuple):
     """What happens at some steps beside training; each is a function of the step that knows when."""
 
     validate: Callable[[int], None]  # whenever it is called
     settle_text: Callable[[int, Average], None]
-    monitor: Callable[[int], dict[str, float]]
+    monitor: Callable[[int, Average], dict[str, float]]
 
 
 def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str,
@@ -4726,7 +5068,7 @@ def begin(run: Run, state: TrainingState, digest: str) -> int:
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective, events: Events,
           schedule: Schedule, digest: str, pictures: dict[str, list[str]]) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off; digest is that of the data, pictures of its parts."""
-    args, accelerator, last = run.args, run.accelerator, schedule.total_steps
+    (args, accelerator), last = (run.args, run.accelerator), schedule.total_steps
     state = make_state(run, model, schedule, digest, pictures)
     optimizer, lr_scheduler, average, adapters = state.optimizer, state.lr_scheduler, state.average, state.trained
     step = begin(run, state, digest)
@@ -4734,7 +5076,8 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     if step == 0:
         validate(0)
     model.train()
-    progress, watch = Progress(run, lr_scheduler, schedule, step, events.monitor), GradientWatch(model.adapters)
+    compute_gradients, watch = make_gradient_step(run, model, objective), GradientWatch(model.adapters)
+    progress = Progress(run, lr_scheduler, schedule, step, functools.partial(events.monitor, average=average))
     validate = progress.standing()(validate)
     run.stop.at_once, run.stop.saved, stop = None, time.monotonic(), 0
     with progress.bar:
@@ -4742,19 +5085,17 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             events.settle_text(step, average)
             progress.begin_step()
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
-                seed_device(position_seed(run.seed, "noise", n), run.device)  # noise, timesteps, latents and dropout
                 batch = batch_at(n)
-                loss = diffusion_loss(model, objective, batch)
-                accelerator.backward(loss.total / args.gradient_accumulation_steps)
-                progress.note(batch, loss)
+                seed_device(position_seed(run.seed, "noise", n), run.device)  # noise, timesteps, latents and dropout
+                progress.note(batch, compute_gradients(batch))
             share_gradients(accelerator, adapters)
             watch.look()
             if progress.accept(accelerator.clip_grad_norm_(adapters, args.max_grad_norm)):
                 optimizer.step()
                 average.update()
             lr_scheduler.step()
-            optimizer.zero_grad()
-            step, (stop, save_now) = step + 1, run.stop.wishes(accelerator)
+            optimizer.zero_grad(set_to_none=not isinstance(compute_gradients, GraphedStep))
+            step, (stop, save_now) = step + 1, run.stop.sync_stop_flags()
             saving = due(step, args.checkpointing_steps, last) or save_now or stop
             if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
@@ -4913,7 +5254,9 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
     is_last, title = folder == run.output, run.output.resolve().name
     # kohya's trainers write -step00000500; the folder has a name of its own until it is whole
     title += "" if is_last else f"-step{int(re.search(r'-([0-9]+)', folder.name)[1]):08d}"
-    write = functools.partial(write_lora, open_file=output_file if is_last else written_beside)
+    # a checkpoint is made durable as a whole
+    open_file = functools.partial(output_file, durable=True) if is_last else written_beside
+    write = functools.partial(write_lora, open_file=open_file)
     diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     write(folder / LORA_FILE, diffusers_form, lora_metadata(model))
     if run.args.train_text_encoder_ti:  # under the names that all readers know
@@ -5124,7 +5467,7 @@ def write_samples(run: Run, subject: Sequence[Sample]) -> list[Path]:
     folder, samples = run.output / "card_samples", []
     pictures = list(dict.fromkeys(sample.path for sample in subject if run.args.card_data_samples))
     for number_, path in enumerate(pictures[:20]):
-        with only_to_look_at("sample of the data"):
+        with best_effort("sample of the data"):
             picture = load_picture(path)
             picture.thumbnail((512, 512))
             save_picture(picture, folder / f"{number_:02d}.png")
@@ -5391,23 +5734,23 @@ class Rehearsal:
         self.meter.begin()
         encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.long), output_hidden_states=True)
 
-    def vae(self) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
         """The VAE in the dtype that it needs."""
         vae = make_lean(sketch(self.run.vae, "vae"))
-        give_storage(vae, vae_dtype(vae.config, self.run.dtype))
+        give_storage(vae, vae_dtype(vae.config, dtype))
         self.meter.begin()
         return vae
 
     def pictures(self) -> None:
         """Encode one picture."""
-        vae = self.vae()
+        vae = self.vae(torch.float32)
         vae.encode(torch.empty(1, 3, self.resolution, self.resolution, dtype=vae.dtype))
 
     def decoding(self) -> None:
-        """Decode one picture; the UNet is there, unless it stands aside."""
-        if not checkpointed(self.args):
+        """Decode one picture; in a validation the UNet is there, unless it is offloaded."""
+        if self.run.prompts and not checkpointed(self.args):
             self.packed_unet(self.run.dtype)
-        vae = self.vae()
+        vae = self.vae(self.run.dtype)
         vae.decode(torch.empty(1, 4, *self.drawn, dtype=vae.dtype))
 
     def drawing(self, rows: int, dtype: torch.dtype, size: tuple[int, int]) -> None:
@@ -5497,9 +5840,9 @@ def free_gb(device: torch.device) -> float | None:
 
 
 def within_budget(run: Run) -> tuple[Run, float | None]:
-    """The run with flags that fit, where they are to be chosen, and the GB that it may take if anybody knows them.
+    """Return the run with flags that fit, where they are to be chosen, and the GB that it may take if these are known.
 
-    Where nothing is to be chosen, a warning if it will not fit. Raises UserError.
+    Nothing is estimated unless a flag asks for it, as that takes half a minute. Raises UserError.
     """
     args = run.args
     budget = broadcast_object_list([args.vram_budget or free_gb(run.device)])[0]  # alike on all ranks
@@ -5509,11 +5852,6 @@ def within_budget(run: Run) -> tuple[Run, float | None]:
                             "--vram_budget.")
         run, told = fit_budget(run, budget)
         say([("Memory", told)])
-    elif budget is not None and is_first_rank() and not args.estimate_memory:
-        name, peak = largest(estimate_memory(run))
-        if peak > budget:
-            logger.warning("warning: this will not fit: %s takes %.3g GB, and %.3g are free. --vram_budget %.3g "
-                           "chooses flags that fit.", name, peak, budget, budget)
     return run, budget
 
 
@@ -5604,6 +5942,24 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def make_cpu_group(accelerator: Accelerator, timeout: timedelta) -> Any:
+    """Make a group through which the ranks' hosts agree or wait for each other; None for one process."""
+    if accelerator.num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+@contextmanager
+def local_main_first(accelerator: Accelerator, cpu_group: Any) -> Iterator[None]:
+    """Let each machine's first rank run the block before the others, which wait as long as the group does."""
+    is_first = accelerator.is_local_main_process
+    if cpu_group is not None and not is_first:
+        torch.distributed.barrier(cpu_group)
+    yield
+    if cpu_group is not None and is_first:
+        torch.distributed.barrier(cpu_group)
+
+
 def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
     thumbnail.cache_clear()  # an earlier run in the same notebook may have drawn others
@@ -5619,14 +5975,17 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     quiet(args.log_level)  # a notebook's children know their ranks only now
     stop = stop or StopSignals()
     seed = [choose_seed(args)]
-    store = Store(Path(args.cache_latents_dir or Path(args.output_dir, "cache")))
-    with accelerator.local_main_process_first():
-        base, vae = find_sources(args, store)
+    store = Store(cache_folder(args))
+    stop.cpu_group = make_cpu_group(accelerator, timedelta(seconds=args.ddp_timeout))
+    # what a rank prepares for others, a data set or a single file, may take longer than a step
+    waiting = make_cpu_group(accelerator, timedelta(days=7))
+    with local_main_first(accelerator, waiting):
+        base, vae = find_sources(args)
     scheduler, zeros, factor = load_base_config(base, vae)
     check_clip_skip(base, args.clip_skip)
-    return Run(args, accelerator, stop, broadcast_object_list(seed)[0], base, vae, store,
-               with_prediction(scheduler, args.prediction_type, args.rescale_betas_zero_snr), zeros, factor,
-               prompts=tuple(prompts_to_draw(args)))
+    scheduler = with_prediction(scheduler, args.prediction_type, args.rescale_betas_zero_snr)
+    return Run(args, accelerator, stop, waiting, broadcast_object_list(seed)[0], base, vae, store,
+               PhaseMemory(accelerator.device), scheduler, zeros, factor, prompts=tuple(prompts_to_draw(args)))
 
 
 def check_fp8(device: torch.device) -> None:
@@ -5752,14 +6111,14 @@ def say_estimate(run: Run, budget: float | None) -> None:
 def main(args: argparse.Namespace) -> None:
     """Train as args say, or tell what it would take."""
     started = time.perf_counter()
-    with StopSignals(args.max_train_minutes, args.checkpointing_minutes, args.ddp_timeout) as stop:
+    with StopSignals(args.max_train_minutes, args.checkpointing_minutes) as stop:
         run, budget = within_budget(start(args, stop))
         if args.estimate_memory:
             say_estimate(run, budget)
             return
         objective = make_objective(args, run.scheduler, run.device)
         if run.args.dataset_name:  # a folder was checked at the door
-            with run.accelerator.local_main_process_first():
+            with local_main_first(run.accelerator, run.waiting_group):
                 fetch_dataset(run.args)
             check_subject(run.args)
         subject = instance_samples(run.args)
@@ -5806,12 +6165,16 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
           schedule: Schedule, facts: dict[str, str], started: float) -> Outcome:
     """The phases of a run: the table of contents."""
     args = run.args
+    run.memory.begin("class pictures")
     make_class_images(run)
     samples = subject + class_samples(args, subject)
     check_space(run.store.folder, cache_bytes(run, buckets, len(samples) - len(subject)), "the cache")
+    run.memory.begin("prompts")
     table = build_text(run, prompts_of(run, samples), trains_text(args), run.dtype)
+    run.memory.begin("latents")
     cache = build_cache(run, samples, buckets, table)
     say([("Cache", run.store.report())])
+    run.memory.begin("training")
     rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
     order = Order(rows, range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
@@ -5819,8 +6182,8 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     report = functools.partial(write_report, run, subject, buckets)
     events = Events(make_validator(run, model, table, report), make_settler(args, model, table, schedule.total_steps),
                     make_monitor(run, model, cache, table, objective))
-    outcome = train(run, model, functools.partial(cache.batch, table, order), objective, events, schedule,
-                    cache.digest, cache.pictures)
+    batch_at = functools.partial(cache.batch, table, order, stride=run.accelerator.num_processes)
+    outcome = train(run, model, batch_at, objective, events, schedule, cache.digest, cache.pictures)
     run.stop.at_once = AFTER_TRAINING
     if run.accelerator.is_main_process:
         finish(run, model, outcome, repo, subject, facts, report, (time.perf_counter() - started) / 60)
@@ -5868,6 +6231,8 @@ def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject:
         ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, "
                  + (f"loss {outcome.loss:.4f}" if math.isfinite(outcome.loss) else "none of them taken now")
                  + (f"; {outcome.skipped} steps were skipped, their numbers not finite" if outcome.skipped else "")),
+        ("Memory", ", ".join(f"{phase} {peak:.2f} GB" for phase, peak in run.memory.measure().items() if peak > 5e-3)),
+        ("Compiled", graphs_compiled()),
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),
         ("Pictures", f"{run.output / 'progress.png'}" if run.prompts else ""),

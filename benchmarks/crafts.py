@@ -85,12 +85,17 @@ METHODS = {
     "lion 8 bit at 1e-4": {"optimizer": "lion8bit", "learning_rate": 1e-4},
     "auto, 5 pictures": {"steps_per_image": "auto", "pictures": 5},
     "auto, 3 pictures": {"steps_per_image": "auto", "pictures": 3, "train_batch_size": 3},
+    "bf16": {"mixed_precision": "bf16"},
+    "bf16 autocast": {"mixed_precision": "bf16", "autocast": True},
+    "fp16": {"mixed_precision": "fp16"},
+    "fp16 autocast": {"mixed_precision": "fp16", "autocast": True},
     "base in fp8": {"base_precision": "fp8"},
     "base in int8": {"base_precision": "int8"},
     "base in nf4": {"base_precision": "nf4"},
 }
 
 
+NO_FLAGS = ("pictures", "autocast")  # what this file does for a method
 PICTURED = ("plain", "prior pictures", "prior base_model", "prior dco", "text encoders", "p2", "EMA", "prodigy")
 
 
@@ -122,7 +127,7 @@ class Run(NamedTuple):
             "cache_latents_dir": out / "cache",
             "seed": self.seed,
             **({} if "steps_per_image" in method else {"max_train_steps": steps}),
-            **{name: value for name, value in {**FLAGS, **method, **rate, **prior}.items() if name != "pictures"},
+            **{name: value for name, value in {**FLAGS, **method, **rate, **prior}.items() if name not in NO_FLAGS},
         }
 
 
@@ -144,9 +149,12 @@ def train(run: Run, out: Path, steps: int) -> float:
     if not finished.exists():
         flags, began = run.flags(out, steps), processor_seconds()
         words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
+        method, environment = METHODS[run.method], {**os.environ, "OMP_NUM_THREADS": "1"}
         script = ROOT / "train_dreambooth_lora_sdxl.py"
-        ended = subprocess.run([sys.executable, script, *words], capture_output=True, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if "mixed_precision" in method:  # which accelerate has on GPUs only
+            script = ROOT / "benchmarks" / "half_precision.py"
+            environment |= {"AUTOCAST": "1"} if method.get("autocast") else {}
+        ended = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
         if ended.returncode:
             raise SystemExit(ended.stderr)
         finished.write_text(str(processor_seconds() - began))

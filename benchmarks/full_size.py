@@ -98,17 +98,22 @@ def random_weights(
     return model.eval()
 
 
-def training_step(run: trainer.Run) -> Callable[[], None]:
-    """One whole optimizer step of the trainer's own parts on random pictures and prompts, weights random too."""
-    trainer.load_part = random_weights
-    model, device, rows = trainer.load_trainable(run).train(), run.device, run.args.train_batch_size
-    side = run.args.resolution // run.vae_factor
+def random_batch(run: trainer.Run, model: trainer.TrainableSDXL, rows: int) -> trainer.Batch:
+    """A micro-batch of random latents and embeddings, on the device."""
+    side, device = run.args.resolution // run.vae_factor, run.device
     width = model.unet.config.cross_attention_dim
     pooled = model.unet.config.projection_class_embeddings_input_dim - 6 * model.unet.config.addition_time_embed_dim
     text = torch.randn(rows, 77, width, device=device, dtype=run.dtype), torch.randn(rows, pooled, device=device)
     sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * rows, device=device)
     moments = torch.rand(2, rows, 4, side, side, device=device)
-    batch = trainer.Batch(*moments, (text[0], text[1].to(run.dtype)), sizes, torch.ones(rows, device=device), rows)
+    return trainer.Batch(*moments, (text[0], text[1].to(run.dtype)), sizes, torch.ones(rows, device=device), rows)
+
+
+def training_step(run: trainer.Run) -> Callable[[], None]:
+    """One whole optimizer step of the trainer's own parts on random pictures and prompts, weights random too."""
+    trainer.load_part = random_weights
+    model, device = trainer.load_trainable(run).train(), run.device
+    batch = random_batch(run, model, run.args.train_batch_size)
     objective = trainer.make_objective(run.args, run.scheduler, device)
     optimizer, adapters = trainer.make_optimizer(run.args, model, 1), list(model.adapters.values())
 

@@ -65,8 +65,8 @@ def test_buckets_are_compiled_for_once_more_and_not_once_each(train, tmp_path, m
         backends.append(backend)
         return compile_(function, backend=counter, **options)
 
-    def note(*arguments):
-        made = batch(*arguments)
+    def note(*arguments, **more):
+        made = batch(*arguments, **more)
         shapes.append(made.mean.shape)
         compiled.append(counter.frame_count)
         return made

@@ -169,11 +169,16 @@ class OverflowingVAE(torch.nn.Module):
         return answer
 
 
-def test_trap_26_a_vae_that_overflows_is_used_in_float32_or_the_picture_is_named(tiny):
+def test_trap_26_a_vae_that_overflows_is_used_in_float32_or_the_picture_is_named(train, tiny, monkeypatch):
+    """Whatever the run computes in: what is encoded stays."""
     pixels = torch.rand(3, 16, 16) * 2 - 1
-    vae = load_part(Source(str(tiny)), "vae", torch.bfloat16, torch.device("cpu"))
+    vae = load_part(Source(str(tiny)), "vae", torch.float32, torch.device("cpu"))
     mean, _ = encode_image(OverflowingVAE(vae, {torch.float32}), pixels, "dog.png")
     assert mean.isfinite().all() and mean.dtype == torch.float32
+    seen, real = [], trainer.encode_image
+    monkeypatch.setattr(trainer, "encode_image", lambda vae, *rest: seen.append(vae.dtype) or real(vae, *rest))
+    train(mixed_precision="bf16", max_train_steps=1)
+    assert set(seen) == {torch.float32}
     with pytest.raises(TrainingError, match="dog.png"):
         encode_image(OverflowingVAE(vae, set()), pixels, "dog.png")
 
@@ -187,7 +192,7 @@ def test_trap_26_force_upcast_is_obeyed(tiny, tmp_path):
     assert load_vae(Source(str(tiny)), torch.float16, torch.device("cpu")).dtype == torch.float16
 
 
-def test_trap_26_force_upcast_is_obeyed_where_pictures_are_drawn(run, tiny, tmp_path):
+def test_trap_26_force_upcast_is_obeyed_where_pictures_are_drawn(tiny, tmp_path):
     """A decoder that overflows in float16, as SDXL's own does, and the pipeline's picture of the same latents."""
     vae = AutoencoderKL.from_pretrained(tiny, subfolder="vae")
     vae.decoder.conv_in.weight.data *= 3e5
@@ -202,9 +207,8 @@ def test_trap_26_force_upcast_is_obeyed_where_pictures_are_drawn(run, tiny, tmp_
     )
     assert vae.dtype == torch.float16
     assert not vae.decode(latents.half() / vae.config.scaling_factor).sample.isfinite().all()
-    started, source = run(), Source(str(tmp_path), is_pipeline=False)
-    ours = load_part(source, "vae", torch.float16, torch.device("cpu"))
-    (drawn,) = trainer.decode_latents(started, load_trainable(started).unet, ours, [latents])
+    ours = load_vae(Source(str(tmp_path), is_pipeline=False), torch.float16, torch.device("cpu"))
+    (drawn,) = trainer.decode_latents(ours, [latents])
     assert ours.dtype == torch.float32 and drawn.tobytes() == expected[0].tobytes()
 
 

@@ -26,7 +26,7 @@ def test_fit_is_the_loss_and_drift_is_nothing_before_training(train, kind):
     """Against diffusers' add_noise and velocity, over eight levels of noise."""
     flags = {"prediction_type": kind, "train_batch_size": 5, "random_flip": True}
     run, cache, table, objective, model = parts(train, **flags)
-    told = trainer.make_monitor(run, model, cache, table, objective)(2)
+    told = trainer.make_monitor(run, model, cache, table, objective)(2, trainer.Average())
     assert told["monitor/drift"] == 0
     ddpm = DDPMScheduler.from_config(run.scheduler.config)
     first, losses = [views[0] for views in cache.views.values()], []
@@ -43,8 +43,8 @@ def test_fit_is_the_loss_and_drift_is_nothing_before_training(train, kind):
     with torch.no_grad():
         for name, adapter in model.adapters.items():
             adapter.add_(0.1 if "lora_B" in name else 0)
-    assert trainer.make_monitor(run, model, cache, table, objective)(2)["monitor/drift"] > 0
-    assert trainer.make_monitor(run, model, cache, table, objective)(3) == {}
+    assert trainer.make_monitor(run, model, cache, table, objective)(2, trainer.Average())["monitor/drift"] > 0
+    assert trainer.make_monitor(run, model, cache, table, objective)(3, trainer.Average()) == {}
 
 
 def test_looking_changes_nothing_and_the_curves_go_on_after_a_stop(train, tmp_path):
@@ -68,11 +68,11 @@ def test_looking_changes_nothing_and_the_curves_go_on_after_a_stop(train, tmp_pa
 def test_only_the_subjects_pictures_are_measured(train):
     """Rows of the class stand behind them on the same shelf."""
     run, cache, table, objective, model = parts(train, train_batch_size=5)
-    alone = trainer.make_monitor(run, model, cache, table, objective)(2)
+    alone = trainer.make_monitor(run, model, cache, table, objective)(2, trainer.Average())
     subject = trainer.instance_samples(run.args)
     others = [sample._replace(prompt="a photo of a dog", is_class=True) for sample in subject]
     cache = trainer.build_cache(run, subject + others, [(16, 16)] * len(subject), table)
-    assert trainer.make_monitor(run, model, cache, table, objective)(2) == alone
+    assert trainer.make_monitor(run, model, cache, table, objective)(2, trainer.Average()) == alone
 
 
 def test_the_class_prompt_is_needed_and_then_does_something(train, capsys):

@@ -73,7 +73,6 @@ CRAFTS = {
     "optimizer": {
         "adamw": {"gradient_accumulation_steps": 2},
         "adamw8bit": {"use_8bit_adam": True},
-        "paged_adamw8bit": {"optimizer": "paged_adamw8bit"},
         "lion8bit": {"optimizer": "lion8bit"},
         "prodigy": {"optimizer": "prodigy", "learning_rate": 100, "text_encoder_lr": 100, "token_lr": 100},
         "adafactor": {"optimizer": "adafactor"},

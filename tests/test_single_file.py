@@ -25,12 +25,19 @@ def single(tiny, tmp_path_factory) -> Path:
     return write_single_file(tiny, tmp_path_factory.mktemp("civitai") / "my model.safetensors")
 
 
-def unpacked(output: Path) -> Path:
-    (folder,) = (output / "cache").glob("unpacked-*")
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """Where single files are unpacked, for all runs."""
+    monkeypatch.setattr(trainer, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def unpacked(home: Path) -> Path:
+    (folder,) = home.glob("*/unpacked-*")
     return folder
 
 
-def test_a_single_file_trains_as_its_folder_does(train, tiny, single, tmp_path):
+def test_a_single_file_trains_as_its_folder_does(train, tiny, single, tmp_path, home):
     flags = {"validation_prompt": "a dog", "num_validation_images": 1, "max_train_steps": 3}
     of_folder = train(**flags, output_dir=tmp_path / "folder")
     of_file = train(
@@ -39,15 +46,18 @@ def test_a_single_file_trains_as_its_folder_does(train, tiny, single, tmp_path):
     first, second = (load_file(output / trainer.LORA_FILE) for output in (of_folder, of_file))
     assert all(torch.equal(first[name], second[name]) for name in first)
     theirs, ours = (
-        StableDiffusionXLPipeline.from_pretrained(folder).components for folder in (tiny, unpacked(of_file))
+        StableDiffusionXLPipeline.from_pretrained(folder).components for folder in (tiny, unpacked(home))
     )
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         tensors = theirs[part].state_dict()
         assert all(torch.equal(tensors[name], tensor) for name, tensor in ours[part].state_dict().items())
     assert ours["scheduler"].config.prediction_type == "epsilon"
-    made = unpacked(of_file).stat().st_mtime_ns
-    train(**flags, output_dir=tmp_path / "file", pretrained_model_name_or_path=single, single_file_config=tiny)
-    assert unpacked(of_file).stat().st_mtime_ns == made  # once
+    made = unpacked(home).stat().st_mtime_ns
+    train(**flags, output_dir=tmp_path / "new", pretrained_model_name_or_path=single, single_file_config=tiny)
+    assert unpacked(home).stat().st_mtime_ns == made  # once for all output folders
+    flags |= {"cache_dir": tmp_path / "downloads"}
+    train(**flags, output_dir=tmp_path / "new", pretrained_model_name_or_path=single, single_file_config=tiny)
+    assert unpacked(tmp_path / "downloads")
 
 
 def test_a_run_goes_on_though_its_file_has_moved(train, tiny, single, tmp_path):
@@ -61,11 +71,11 @@ def test_a_run_goes_on_though_its_file_has_moved(train, tiny, single, tmp_path):
 
 
 @pytest.mark.parametrize(("markers", "spacing"), [(("v_pred",), "leading"), (("v_pred", "ztsnr"), "trailing")])
-def test_the_markers_of_v_prediction_are_read_and_told(train, tiny, tmp_path, capsys, markers, spacing):
+def test_the_markers_of_v_prediction_are_read_and_told(train, tiny, tmp_path, capsys, home, markers, spacing):
     path = write_single_file(tiny, tmp_path / "noob.safetensors", *markers)
-    output = train(pretrained_model_name_or_path=path, single_file_config=tiny, log_level="info")
+    train(pretrained_model_name_or_path=path, single_file_config=tiny, log_level="info")
     assert "predicts velocity" + ", zero terminal SNR" * (len(markers) > 1) in capsys.readouterr().out
-    config = json.loads((unpacked(output) / "scheduler" / "scheduler_config.json").read_text())
+    config = json.loads((unpacked(home) / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == "v_prediction" and config["timestep_spacing"] == spacing
     assert config["rescale_betas_zero_snr"] == (len(markers) > 1)
 
@@ -78,10 +88,10 @@ def test_a_vae_of_one_file_is_that_vae_with_the_bases_configuration(train, tiny,
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_half_precision_files_stay_so_on_the_disk(train, tiny, tmp_path):
+def test_half_precision_files_stay_so_on_the_disk(train, tiny, tmp_path, home):
     path = write_single_file(tiny, tmp_path / "half.safetensors", dtype=torch.float16)
-    output = train(pretrained_model_name_or_path=path, single_file_config=tiny)
-    weights = load_file(next((unpacked(output) / "unet").glob("*.safetensors")))
+    train(pretrained_model_name_or_path=path, single_file_config=tiny)
+    weights = load_file(next((unpacked(home) / "unet").glob("*.safetensors")))
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 

@@ -99,13 +99,13 @@ def test_a_warm_up_as_long_as_the_run_becomes_a_tenth_of_it(train, capsys, optim
 
 def test_the_clock_of_checkpoints_begins_anew_with_each_one(train, monkeypatch):
     """--checkpointing_minutes beside --checkpointing_steps: whichever comes first."""
-    clocks, wishes = [], trainer.StopSignals.wishes
+    clocks, sync_stop_flags = [], trainer.StopSignals.sync_stop_flags
 
-    def noting(self, accelerator):
+    def noting(self):
         clocks.append(self.saved)
-        return wishes(self, accelerator)
+        return sync_stop_flags(self)
 
-    monkeypatch.setattr(trainer.StopSignals, "wishes", noting)
+    monkeypatch.setattr(trainer.StopSignals, "sync_stop_flags", noting)
     train(max_train_steps=4, checkpointing_steps=2, checkpointing_minutes=60)
     assert clocks[0] == clocks[1] < clocks[2] == clocks[3]
 
@@ -292,9 +292,9 @@ def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypat
         dtypes.extend([model.unet.dtype, table.of(prompt.text)[0].dtype])
         return draw(run, model, table, prompt, *rest)
 
-    def noted_decode(run, unet, vae, latents):
+    def noted_decode(vae, latents):
         dtypes.append(vae.dtype)
-        return decode_latents(run, unet, vae, latents)
+        return decode_latents(vae, latents)
 
     monkeypatch.setattr(trainer, "draw", noted_draw)
     monkeypatch.setattr(trainer, "decode_latents", noted_decode)
