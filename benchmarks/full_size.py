@@ -95,7 +95,10 @@ def random_weights(
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor.fill_(1.0) if "norm" in name and name.endswith("weight") else tensor.normal_(0, 0.01)
-    return model.eval()
+        for name, tensor in model.named_buffers():
+            if name.endswith("position_ids"):
+                tensor.copy_(torch.arange(tensor.shape[-1])[None])
+    return trainer.make_lean(model.eval()) if part == "vae" else model.eval()
 
 
 def random_batch(run: trainer.Run, model: trainer.TrainableSDXL, rows: int) -> trainer.Batch:

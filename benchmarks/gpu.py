@@ -13,6 +13,7 @@ FOLDER diffusers`, and FOLDER in PYTHONPATH.
 import argparse
 import functools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -27,7 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error",
+                  DIFFUSERS_VERBOSITY="error")
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy_world"
 SCRIPT = ROOT / "train_dreambooth_lora_sdxl.py"
@@ -280,14 +282,17 @@ def decoding(lab: Lab, name: str, dtype: Any) -> dict[str, float]:
     """Seconds and peak GB of decoding a picture: by strips, whole layers, or diffusers' tiles."""
     torch, trainer, side = lab.torch, lab.trainer, 8 if lab.tiny else 128
     lab.allocated = torch.cuda.memory_allocated() if lab.on_gpu else 0
-    vae = trainer.load_part(lab.run.vae, "vae", dtype, lab.device)  # random weights, whole layers
-    vae = trainer.make_lean(vae) if name == "strips" else vae
+    vae, usual = trainer.load_part(lab.run.vae, "vae", dtype, lab.device), trainer.WHOLE
     if name == "tiles":
         vae.enable_tiling()
     latents = torch.randn(1, 4, side, side, device=lab.device, dtype=dtype)
-    trainer.decode_latents(vae, [latents])
-    with lab.peak() as peak:
-        taken = lab.seconds(lambda: trainer.decode_latents(vae, [latents]), 1 if lab.tiny else 3)
+    trainer.WHOLE = usual if name == "strips" else math.inf
+    try:
+        trainer.decode_latents(vae, [latents])
+        with lab.peak() as peak:
+            taken = lab.seconds(lambda: trainer.decode_latents(vae, [latents]), 1 if lab.tiny else 3)
+    finally:
+        trainer.WHOLE = usual
     return {"seconds": taken, "peak_gb": peak["gb"]}
 
 
@@ -322,10 +327,9 @@ def estimate(tiny: bool, folder: Path, emit: Emit) -> None:
         with lab.peak() as peak, torch.no_grad(), trainer.as_users_load_it(lab.model):
             lab.model(*validation_inputs(lab))
         told["validation"] = peak["gb"]
-        with lab.peak() as peak, trainer.offloaded(run, lab.model):
-            latents = torch.randn(1, 4, run.args.resolution // run.vae_factor, run.args.resolution // run.vae_factor)
-            if not lab.on_gpu or not trainer.checkpointed(run.args):
-                trainer.decode_latents(trainer.load_vae(run.vae, run.dtype, lab.device), [latents])
+        side = run.args.resolution // run.vae_factor
+        with trainer.offloaded(run, lab.model), lab.peak() as peak:
+            trainer.decode_latents(trainer.load_vae(run.vae, run.dtype, lab.device), [torch.randn(1, 4, side, side)])
         told["decoding"] = peak["gb"]
         lab.model = lab.adapters = work = None
         empty(lab)
@@ -348,7 +352,7 @@ def other_phases(lab: Lab) -> dict[str, float]:
     lab.allocated = torch.cuda.memory_allocated() if lab.on_gpu else 0
     with lab.peak() as peak:
         vae = trainer.load_part(run.vae, "vae", torch.float32, lab.device)
-        trainer.encode_image(trainer.make_lean(vae), torch.rand(3, run.args.resolution, run.args.resolution), "noise")
+        trainer.encode_image(vae, torch.rand(3, run.args.resolution, run.args.resolution), "noise")
     told["latents"] = peak["gb"]
     del vae
     empty(lab)
@@ -374,7 +378,10 @@ def compile_(tiny: bool, folder: Path, emit: Emit) -> None:
     for kind in ("regional", "full"):
         with told_if_it_fails(emit, kind=kind):
             began = time.perf_counter()
-            lab = Lab(tiny, folder, [f"--torch_compile={kind}"])
+            if tiny:  # inductor would take a minute
+                os.environ["ACCELERATE_DYNAMO_BACKEND"] = "aot_eager"
+                os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = str(kind == "regional")
+            lab = Lab(tiny, folder, [] if tiny else [f"--torch_compile={kind}"])
             work, loaded = lab.ours(lab.random_batch(1)), time.perf_counter()
             lab.seconds(work, 1)
             first = time.perf_counter() - loaded
@@ -391,7 +398,7 @@ def toy(tiny: bool, folder: Path, emit: Emit) -> None:
     runs = {}
     for precision in ("no", "bf16", "fp16") if on_gpu else ("no", "bf16"):
         flags = [f"--mixed_precision={precision}", f"--output_dir={folder / precision}", "--report_to=none"]
-        flags += ["--max_train_steps=2", "--validation_steps=2"] * tiny
+        flags += ["--max_train_steps=2", "--num_validation_images=1", "--validation_num_inference_steps=2"] * tiny
         runs[precision] = time.perf_counter(), start(["--config", str(TOY / "sks_dog.yaml"), *flags])
     for precision, (began, process) in runs.items():
         errors = process.communicate()[1]
@@ -410,11 +417,15 @@ def toy(tiny: bool, folder: Path, emit: Emit) -> None:
 
 def judged(lora: Path, a_place: int, device: str) -> dict[str, float]:
     """Per cent of pictures that show the subject and the place, and of the class prompt's that show a plain dog."""
+    import diffusers
     import torch
+    import transformers
     from diffusers import StableDiffusionXLPipeline
     from judge import Judge
     from scene import PLACES
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionXLPipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
@@ -434,8 +445,9 @@ def judged(lora: Path, a_place: int, device: str) -> dict[str, float]:
 
 def start(words: Sequence[str]) -> subprocess.Popen:
     """Start the script."""
-    return subprocess.Popen([sys.executable, str(SCRIPT), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, cwd=ROOT)
+    threads = {} if os.path.exists("/dev/nvidiactl") else {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(SCRIPT), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, cwd=ROOT, env={**os.environ, **threads})
 
 
 def exact(tiny: bool, folder: Path, emit: Emit) -> None:
@@ -443,22 +455,23 @@ def exact(tiny: bool, folder: Path, emit: Emit) -> None:
     import torch
     from safetensors.torch import load_file
 
-    steps, precisions = (2 if tiny else 20), ("no", "bf16")
+    steps, precisions = (2 if tiny else 20), ("no", "bf16")[:1 if tiny else 2]
     common = ["--config", str(TOY / "sks_dog.yaml"), "--report_to=none", "--lr_scheduler=constant",
               f"--checkpointing_steps={steps // 2}", "--log_level=error", f"--cache_latents_dir={folder / 'cache'}"]
 
     def words(precision: str, name: str, *more: str) -> list[str]:
         return [*common, f"--mixed_precision={precision}", f"--output_dir={folder / f'{precision}-{name}'}",
-                "--validation_steps=10000", "--num_validation_images=1", *more]
+                "--validation_steps=10000", "--num_validation_images=1", "--validation_num_inference_steps=2", *more]
 
     kinds = {"whole": [f"--max_train_steps={steps}"], "again": [f"--max_train_steps={steps}"],
              "graph": [f"--max_train_steps={steps}", "--cuda_graph"], "resumed": [f"--max_train_steps={steps // 2}"]}
     running = {(p, name): start(words(p, name, *more)) for p in precisions for name, more in kinds.items()}
-    failed = {key: process.communicate()[1] for key, process in running.items() if process.wait()}
+    ended = {key: (process.communicate()[1], process.returncode) for key, process in running.items()}
+    failed = {key: errors for key, (errors, code) in ended.items() if code}
     for precision in precisions:
-        ended = start(words(precision, "resumed", f"--max_train_steps={steps}", "--resume_from_checkpoint=latest"))
-        errors = ended.communicate()[1]
-        failed |= {(precision, "resumed"): errors} if ended.returncode else {}
+        resumed = start(words(precision, "resumed", f"--max_train_steps={steps}", "--resume_from_checkpoint=latest"))
+        errors = resumed.communicate()[1]
+        failed |= {(precision, "resumed"): errors} if resumed.returncode else {}
         loras = {name: load_file(folder / f"{precision}-{name}" / "pytorch_lora_weights.safetensors")
                  for name in kinds if (precision, name) not in failed}
         for name in [*kinds][1:]:
@@ -513,8 +526,13 @@ def write_row(part: str, out: Path, began: float, **row: Any) -> None:
     row |= {"at": round(time.perf_counter() - began, 1)}
     with open(out / f"{part}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print(part, *(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()),
-          flush=True)
+    print(part, shown(row), flush=True)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in row.items())
 
 
 def run_parts(parts: Sequence[str], tiny: bool, out: Path) -> None:
@@ -535,12 +553,8 @@ def run_parts(parts: Sequence[str], tiny: bool, out: Path) -> None:
         for part in parts:
             emit = functools.partial(write_row, part, out=out, began=began)
             with told_if_it_fails(emit):  # the next parts may still run
-                if part in WITH_LAB:
-                    lab = lab or Lab(tiny, folder)
-                    WITH_LAB[part](lab, emit)
-                else:
-                    lab = None
-                    WITHOUT[part](tiny, folder, emit)
+                lab = (lab or Lab(tiny, folder)) if part in WITH_LAB else None
+                WITH_LAB[part](lab, emit) if part in WITH_LAB else WITHOUT[part](tiny, folder, emit)
                 emit(done=True)
 
 
@@ -581,13 +595,12 @@ def run_stage(processes: Sequence[Sequence[str]], tiny: bool, out: Path, deadlin
     """Run processes beside each other; one that dies is started again with the parts that it did not finish."""
     running = {tuple(parts): child(parts, tiny, out) for parts in processes if parts}
     while running:
-        for parts, process in list(running.items()):
-            is_late = time.perf_counter() > deadline
-            if process.poll() is None and not is_late:
-                continue
+        is_late = time.perf_counter() > deadline
+        over = [parts for parts, process in running.items() if is_late or process.poll() is not None]
+        for parts in over:
+            process = running.pop(parts)
             process.kill()
             process.wait()
-            del running[parts]
             left = [part for part in parts if not finished(out, part)][1:]  # the first of them is what failed
             if left and not is_late:
                 running[tuple(left)] = child(left, tiny, out)
@@ -621,9 +634,8 @@ def main() -> None:
         run_stage(processes, args.tiny, args.out, began + args.seconds)
     for part, rows in collect(args.out, PARTS).items():
         print(f"\n{part}")
-        for row in rows:
-            print("  " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                                   for key, value in row.items() if key not in ("at", "done")))
+        for row in (row for row in rows if not row.get("done")):
+            print("  " + shown({key: value for key, value in row.items() if key != "at"}))
     print(f"\n{time.perf_counter() - began:.0f} seconds in all; {args.out / 'gpu.json'}")
 
 

@@ -1,5 +1,6 @@
 """Every benchmark runs, in a short form; its figures are README's in the long one."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from conftest import ROOT
 TOY = ROOT / "examples" / "toy_world" / "model"
 SHORT = {
     "learning.py": "--methods untrained plain --subjects sks_dog --max_train_steps 2 --pictures 1 --out {}",
-    "crafts.py": "--methods plain --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
+    "crafts.py": "--methods fp16 --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
     "step_overhead.py": "--pairs 2",
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",
@@ -23,7 +24,23 @@ SHORT = {
 
 def test_every_benchmark_is_here():
     written = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
-    assert written == {*SHORT, "full_size.py", "quick_start_picture.py"}  # a configuration; README's picture
+    others = {"full_size.py", "quick_start_picture.py", "half_precision.py"}  # used by others; README's picture
+    assert written == {*SHORT, *others, "gpu.py"}
+
+
+def test_every_part_of_the_gpus_benchmark_runs_on_a_cpu(tmp_path):
+    """So that no mistake in typing costs time on a card."""
+    words = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny", "--seconds", "500", "--out", tmp_path / "gpu"]
+    told = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert told.returncode == 0, told.stderr
+    found = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
+    assert found["machine"]["card"] == "CPU" and list(found["parts"]) == [
+        "toy", "exact", "computed", "ceilings", "step", "graph", "kernels", "estimate", "smaller", "compile"
+    ]  # fmt: skip
+    for part, rows in found["parts"].items():
+        assert rows[-1].get("done") and len(rows) > 1 and not [row for row in rows if "error" in row], (part, rows)
+    assert all(row["same_bits"] for row in found["parts"]["exact"][:-1])
+    assert all(row.get("worst_difference", 0) == 0 for row in found["parts"]["graph"])
 
 
 @pytest.mark.parametrize("name", SHORT)
