@@ -622,7 +622,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     return parser
 
 
-def config_as_words(parser: Parser, path: str, is_folder_given: bool) -> list[str]:
+def config_as_words(parser: Parser, path: str, is_folder_given: bool = False) -> list[str]:
     """Read a YAML file of flags as words of a command line. Raises UserError naming the file and the key.
 
     is_folder_given: the command line has an --output_dir.
@@ -2223,7 +2223,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
@@ -3188,10 +3188,10 @@ class Store:
                                 "space or choose another --cache_latents_dir.") from error
         self.made += 1
 
-    def get(self, key: str, device: torch.device) -> dict[str, Tensor]:
-        """The tensors of a key. Raises TrainingError if they are gone."""
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a key, on the host. Raises TrainingError if they are gone."""
         try:
-            return {name: tensor.to(device) for name, tensor in load_file(self.path(key)).items()}
+            return load_file(self.path(key))
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"{self.path(key)} was removed or broken while training; start again.") from error
 
@@ -3264,32 +3264,39 @@ def pick(tensor: Tensor, numbers: Iterable[int]) -> Tensor:
     return torch.stack([tensor[number] for number in numbers])
 
 
-def preload(read: Callable[[int], Any], count: int, size: float) -> Callable[[int], Any]:
-    """A function from numbers to what is read of them: a small set stays in memory, a large one on the disk."""
-    return read if count * size > RESIDENT_BYTES else [read(number_) for number_ in range(count)].__getitem__
+class Rows:
+    """Tensors by number, on the device: all of them where they are few.
 
+    Many stay on the disk and are read and pinned by a thread before they are needed, so that the device never waits.
+    read: from a number to a tensor, or several, on the host; size: bytes of each.
+    """
 
-class DiskRows:
-    """Rows that are too many for the device: read from the disk and pinned by a thread, before they are needed."""
+    def __init__(self, read: Callable[[int], Any], count: int, size: float, device: torch.device) -> None:
+        self.read, self.device, self.pending = read, device, {}
+        self.is_resident = count * size <= RESIDENT_BYTES
+        self.rows = [self.to_device(read(number_)) for number_ in range(count)] if self.is_resident else []
+        self.thread = ThreadPoolExecutor(1)  # which begins with its first work
 
-    def __init__(self, read: Callable[[int], Tensor], device: torch.device) -> None:
-        self.read, self.device = read, device
-        self.thread, self.pending = ThreadPoolExecutor(1), {}
+    def to_device(self, row: Any) -> Any:
+        """Copy a row; from pinned memory a GPU copies by itself."""
+        return tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), row)
 
-    def load(self, number_: int) -> Tensor:
-        """Read a row into memory from which a GPU copies by itself."""
+    def load(self, number_: int) -> Any:
+        """Read a row from the disk."""
         row = self.read(number_)
-        return row.pin_memory() if self.device.type == "cuda" else row
+        return tree_map(Tensor.pin_memory, row) if self.device.type == "cuda" else row
 
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """Begin to read these rows, which are needed next."""
-        numbers = dict.fromkeys(numbers)
+        """Begin to read these rows, which are needed next, unless they are on the device."""
+        numbers = () if self.is_resident else dict.fromkeys(numbers)
         self.pending = {n: self.pending.get(n) or self.thread.submit(self.load, n) for n in numbers}
 
-    def __call__(self, number_: int) -> Tensor:
-        """Return a row on the device, which does not wait for the copy."""
+    def __call__(self, number_: int) -> Any:
+        """Return a row on the device."""
+        if self.is_resident:
+            return self.rows[number_]
         future = self.pending.get(number_)
-        return (future.result() if future else self.load(number_)).to(self.device, non_blocking=True)
+        return self.to_device(future.result() if future else self.load(number_))
 
 
 @dataclass
@@ -3330,10 +3337,10 @@ def build_text(run: Run, prompts: Iterable[str], trained: bool, dtype: torch.dty
     run.accelerator.wait_for_everyone()
 
     def read(number_: int) -> Text:
-        row = run.store.get(keys[number_], run.device)
+        row = run.store.get(keys[number_])
         return row["embeds"], row["pooled"]
 
-    return TextTable(numbers, preload(read, len(keys), run.store.size(keys[0])))
+    return TextTable(numbers, Rows(read, len(keys), run.store.size(keys[0]), run.device))
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -3444,7 +3451,7 @@ def make_class_images(run: Run) -> None:
         generate_class_latents(run, table, of_class, share, keys)
         vae, store = load_vae(run.vae, dtype, run.device), Store(run.store.folder)
         for path, key in keys.items():
-            (image,) = decode_latents(vae, [store.get(key, run.device)["latents"]])
+            (image,) = decode_latents(vae, [store.get(key)["latents"]])
             save_picture(image, path)
             remove(store.path(key))
     accelerator.wait_for_everyone()
@@ -3495,7 +3502,7 @@ Place = tuple[int, Bucket]
 class Cache:
     """All views, and which bucket, prompt and weight belong to which sample."""
 
-    view: Callable[[int], Tensor]  # by number: (9, h, w), which are mean, std (4 each, scaled) and mask
+    view: Rows  # by number: (9, h, w), which are mean, std (4 each, scaled) and mask
     add_time_ids: Tensor  # (views, 6)
     views: dict[Place, list[int]]  # their numbers
     buckets: list[Bucket]  # of each sample of the subject
@@ -3522,19 +3529,25 @@ class Cache:
         return [views[seat(range(len(views)), position_seed(order.seed, "view", row), looks).sample]
                 for (row, looks), views in zip(seats, choices, strict=True)]
 
+    def prompts_at(self, table: TextTable, order: Order, n: int) -> list[int]:
+        """The prompts that the rows of micro-batch n see, by their numbers; --caption_dropout makes some empty."""
+        rows = [row for row, _ in order.rows(n)]
+        dropped = [i < order.batch_size and random.Random(position_seed(order.seed, "caption", n, i)).random()
+                   < self.caption_dropout for i in range(len(rows))]
+        empty = table.numbers[""]
+        return [empty if drop else self.prompts[row] for row, drop in zip(rows, dropped, strict=True)]
+
     def batch(self, table: TextTable, order: Order, n: int, stride: int = 1) -> Batch:
         """Gather micro-batch n; which view of a picture and which prompt it sees is a function of n, too.
 
         This process computes every stride-th micro-batch: the next one's views are read from the disk meanwhile.
         """
         rows, seen = [row for row, _ in order.rows(n)], self.views_at(order, n)
-        dropped = [i < order.batch_size and random.Random(position_seed(order.seed, "caption", n, i)).random()
-                   < self.caption_dropout for i in range(len(rows))]
-        empty = table.numbers[""]
-        text = table.at([empty if drop else self.prompts[row] for row, drop in zip(rows, dropped, strict=True)])
+        text = table.at(self.prompts_at(table, order, n))
         mean, std, mask = self.moments(seen)
-        if isinstance(self.view, DiskRows):
-            self.view.prefetch(self.views_at(order, n + stride))
+        self.view.prefetch(self.views_at(order, n + stride))
+        if isinstance(table.row, Rows):  # else they are token ids, or embeddings of encoders that were trained
+            table.row.prefetch(self.prompts_at(table, order, n + stride))
         return Batch(mean, std, text, pick(self.add_time_ids, seen), pick(self.weight, rows), order.batch_size,
                      tuple(self.names[row] for row in rows), mask)
 
@@ -3651,6 +3664,7 @@ def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -
                 made.add(key)
         bar.update()
     bar.close()
+    KNOWN_PICTURES.decoded.clear()
     return looks
 
 
@@ -3707,17 +3721,15 @@ def changed_pictures(before: dict[str, list[str]], now: dict[str, list[str]]) ->
     return "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
 
 
-def open_views(store: Store, keys: list[str], device: torch.device, background: float) -> Callable[[int], Tensor]:
-    """A function from a view's number to its tensor: a small set stays on the device, a large one on the disk."""
+def open_views(store: Store, keys: list[str], device: torch.device, background: float) -> Rows:
+    """The tensors of views by number, each (9, h, w)."""
 
-    def read(number_: int, place: torch.device) -> Tensor:
-        view = store.get(keys[number_], place)["view"]
+    def read(number_: int) -> Tensor:
+        view = store.get(keys[number_])["view"]
         weight = background + (1 - background) * view[-1:]
         return torch.cat([view[:-1], weight / weight.mean()])
 
-    rows = preload(functools.partial(read, place=device), len(keys), store.size(keys[0]))
-    is_resident = not isinstance(rows, functools.partial)
-    return rows if is_resident else DiskRows(functools.partial(read, place=torch.device("cpu")), device)
+    return Rows(read, len(keys), store.size(keys[0]), device)
 
 
 def prefetch(work: Callable[[Any], Any], places: Sequence[Any], workers: int) -> Iterator[Any]:

@@ -12,6 +12,7 @@ FOLDER diffusers`, and FOLDER in PYTHONPATH.
 
 import argparse
 import functools
+import gc
 import json
 import math
 import os
@@ -62,11 +63,18 @@ class Lab:
             full_size.write_configuration(base)
         self.run = full_size.start_run(base, folder, list(flags), 64 if tiny else 1024)
         self.device, self.on_gpu = self.run.device, self.run.device.type == "cuda"
+        self.empty()  # of another lab's model
         self.allocated = torch.cuda.memory_allocated() if self.on_gpu else 0
         self.model = trainer.load_trainable(self.run).train()
         self.adapters = list(self.model.adapters.values())
         self.objective = trainer.make_objective(self.run.args, self.run.scheduler, self.device)
         self.random_batch = functools.partial(full_size.random_batch, self.run, self.model)
+
+    def empty(self) -> None:
+        """Give back what nobody holds any more."""
+        gc.collect()
+        if self.on_gpu:
+            self.torch.cuda.empty_cache()
 
     def sync(self) -> None:
         """Wait for the device."""
@@ -158,7 +166,8 @@ class Lab:
 
     def launches(self, step: Callable[[], None]) -> int:
         """How many kernels, or on a CPU operators, a step launches."""
-        activities = [self.torch.profiler.ProfilerActivity.CPU]
+        kinds = self.torch.profiler.ProfilerActivity
+        activities = [kinds.CPU, kinds.CUDA] if self.on_gpu else [kinds.CPU]
         with self.torch.profiler.profile(activities=activities) as profile:
             step()
             self.sync()
@@ -332,7 +341,7 @@ def estimate(tiny: bool, folder: Path, emit: Emit) -> None:
             trainer.decode_latents(trainer.load_vae(run.vae, run.dtype, lab.device), [torch.randn(1, 4, side, side)])
         told["decoding"] = peak["gb"]
         lab.model = lab.adapters = work = None
-        empty(lab)
+        lab.empty()
         told |= other_phases(lab)
         for phase, gb in told.items():
             off = 100 * (said[name, phase] / gb - 1) if gb and (name, phase) in said else None
@@ -355,22 +364,13 @@ def other_phases(lab: Lab) -> dict[str, float]:
         trainer.encode_image(vae, torch.rand(3, run.args.resolution, run.args.resolution), "noise")
     told["latents"] = peak["gb"]
     del vae
-    empty(lab)
+    lab.empty()
     with lab.peak() as peak, torch.no_grad():
         encoder = trainer.load_part(run.base, "text_encoder_2", run.dtype, lab.device)
         length = encoder.config.max_position_embeddings
         encoder(torch.zeros(1, length, dtype=torch.long, device=lab.device), output_hidden_states=True)
     told["prompts"] = peak["gb"]
     return told
-
-
-def empty(lab: Lab) -> None:
-    """Give back what nobody holds any more."""
-    import gc
-
-    gc.collect()
-    if lab.on_gpu:
-        lab.torch.cuda.empty_cache()
 
 
 def compile_(tiny: bool, folder: Path, emit: Emit) -> None:

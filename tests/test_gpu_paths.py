@@ -96,24 +96,25 @@ def test_only_checkpoints_and_loras_are_written_through_to_the_disk(train, tmp_p
 
 def test_the_next_batch_is_read_while_this_one_is_computed(train, tmp_path, monkeypatch):
     """Where the latents are too many for the device: by another thread, one step ahead, to the same bits."""
-    flags = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "random_flip": True}
+    flags = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "random_flip": True, "caption_dropout": 0.5}
     resident = train(**flags, output_dir=tmp_path / "resident")
     monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
     threads, ahead, real, batch = [], [], trainer.Store.get, trainer.Cache.batch
 
-    def noted(self, key, device):
+    def noted(self, key):
         threads.append(threading.current_thread() is threading.main_thread())
-        return real(self, key, device)
+        return real(self, key)
 
     def looked_at(self, table, order, n, stride=1):
         made = batch(self, table, order, n, stride)
         ahead.append(set(self.view.pending) == set(self.views_at(order, n + stride)))
+        ahead.append(set(table.row.pending) == set(self.prompts_at(table, order, n + stride)))
         return made
 
     monkeypatch.setattr(trainer.Store, "get", noted)
     monkeypatch.setattr(trainer.Cache, "batch", looked_at)
     of_disk = train(**flags, output_dir=tmp_path / "disk")
-    assert same(resident, of_disk) and len(ahead) == 12 and all(ahead)
+    assert same(resident, of_disk) and len(ahead) == 24 and all(ahead)
     assert threads.count(False) > 8
 
 

@@ -175,6 +175,35 @@ def test_processes_talk_once_a_step_and_never_while_they_accumulate(train, tmp_p
         assert parameters > 10_000 and heard[heard.index("micro-batch begins") :] == step * 3 + look
 
 
+SLOW_DISK = """
+import os, sys, time
+sys.path.insert(0, os.path.dirname({script!r}))
+import train_dreambooth_lora_sdxl as trainer
+
+def find_sources(*arguments, real=trainer.find_sources):
+    time.sleep(12 * (os.environ["RANK"] == "0"))
+    return real(*arguments)
+
+trainer.find_sources = find_sources
+trainer.main(trainer.parse_args())
+"""
+
+
+def test_what_one_rank_prepares_may_take_longer_than_a_step(train, tmp_path, free_port):
+    """A single file of 7 GB, a large data set: the others wait without a limit such as --ddp_timeout."""
+    (tmp_path / "slow.py").write_text(SLOW_DISK.format(script=str(trainer.__file__)))
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
+    told = subprocess.run(
+        [sys.executable, *two, "slow.py", *train.words(ddp_timeout=8)],
+        env={**os.environ, **ON_CPUS},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+
+
 def worst_difference(first: Path, second: Path) -> float:
     ours, theirs = (load_file(folder / trainer.LORA_FILE) for folder in (first, second))
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
