@@ -575,7 +575,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="choose base precision and checkpointing that fit your card")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--cuda_graph", action=YES_NO, default=False,
-        help="record a micro-batch's forward and backward pass once and replay it: the same numbers with one launch")
+        help="record the forward and backward pass of a micro-batch as a CUDA graph and replay it; unproven on GPUs")
     add("--enable_xformers_memory_efficient_attention", action=YES_NO, default=False,
         help="PyTorch's own attention needs as little memory")
     add("--ddp_timeout", type=POSITIVE, default=600, metavar="SECONDS", help="a process waits for another so long")
@@ -2766,7 +2766,7 @@ def graphs_compiled() -> str:
     if "torch._dynamo" not in sys.modules:
         return ""
     count, hits = torch._dynamo.utils.counters["stats"]["unique_graphs"], RECOMPILE_LIMIT.hits
-    more = f"; {hits} functions were recompiled too often and ran without" if hits else ""
+    more = f"; recompiled too often and run in eager mode: {hits} functions" if hits else ""
     return f"{count} graphs{more}" if count else ""
 
 
@@ -3448,8 +3448,9 @@ def make_class_images(run: Run) -> None:
         made_by = (*weights, run.seed, dtype, of_class, args.base_precision, args.clip_skip,
                    dict(run.scheduler.config))
         keys = {path: content_key("class picture", index, *made_by) for index, path in share}
-        generate_class_latents(run, table, of_class, share, keys)
-        vae, store = load_vae(run.vae, dtype, run.device), Store(run.store.folder)
+        store = Store(run.store.folder)  # with counts of its own: these are removed once they are decoded
+        generate_class_latents(run, store, table, of_class, share, keys)
+        vae = load_vae(run.vae, dtype, run.device)
         for path, key in keys.items():
             (image,) = decode_latents(vae, [store.get(key)["latents"]])
             save_picture(image, path)
@@ -3457,17 +3458,17 @@ def make_class_images(run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
-def generate_class_latents(run: Run, table: TextTable, prompt: ValidationPrompt, share: Sequence[tuple[int, Path]],
-                           keys: dict[Path, str]) -> None:
+def generate_class_latents(run: Run, store: Store, table: TextTable, prompt: ValidationPrompt,
+                           share: Sequence[tuple[int, Path]], keys: dict[Path, str]) -> None:
     """Generate the latents of class pictures and keep each (1, 4, h, w) on the disk, so that a stopped run goes on.
 
     They are decoded later: UNet and VAE are loaded once each, one after the other.
     """
-    store, dtype = Store(run.store.folder), class_dtype(run)
     missing = [(index, keys[path]) for index, path in share if not store.has(keys[path])]
     if not missing:
         return
-    model, bar = TrainableSDXL(load_unet(run, dtype)), progress_bar(len(missing), "Class pictures")
+    model = TrainableSDXL(load_unet(run, class_dtype(run)))
+    bar = progress_bar(len(missing), "Class pictures")
     for first in range(0, len(missing), drawn_at_once(run.args)):
         part = missing[first:first + drawn_at_once(run.args)]
         seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
@@ -3589,7 +3590,7 @@ def view_count(args: argparse.Namespace, is_class: bool, buckets: int) -> int:
     return max(1, args.cache_variants // (buckets if is_class else args.repeats))
 
 
-class Look(NamedTuple):
+class CachedView(NamedTuple):
     """A view as it is kept."""
 
     key: str  # of its tensor in the store
@@ -3597,7 +3598,7 @@ class Look(NamedTuple):
     add_time_ids: tuple[int, ...]
 
 
-def choose_views(run: Run, sample: Sample, bucket: Bucket, count: int, vae: str) -> dict[View, Look]:
+def choose_views(run: Run, sample: Sample, bucket: Bucket, count: int, vae: str) -> dict[View, CachedView]:
     """Choose up to that many distinct views of a sample for a bucket; vae is the fingerprint of its weights.
 
     They follow from the picture alone, not from the run's seed, so that another run finds them encoded.
@@ -3610,7 +3611,7 @@ def choose_views(run: Run, sample: Sample, bucket: Bucket, count: int, vae: str)
     views = [choose_view(resized(size, bucket), bucket, args.center_crop, args.random_flip, random.Random(seed))
              for seed in seeds]
     made_of = {view: content_key(picture, *how, bucket, tuple(view)) for view in views}
-    return {view: Look(content_key(vae, torch.float32, key), key,
+    return {view: CachedView(content_key(vae, torch.float32, key), key,
                        (size[1], size[0], view.top, view.left, bucket[1], bucket[0]))
             for view, key in made_of.items()}
 
@@ -3629,7 +3630,7 @@ def cut_views(run: Run, sample: Sample, picture: Image.Image, bucket: Bucket,
                    np.array(cut_view(mask, view, bucket).resize(latent, Image.Resampling.BOX))) for view in views}
 
 
-def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -> dict[Place, list[Look]]:
+def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -> dict[Place, list[CachedView]]:
     """Return the looks of this rank's share of the places.
 
     What the store lacks is encoded in float32, once and for ever, by a VAE that is loaded if need be; a picture of
@@ -3642,7 +3643,7 @@ def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -
     share = [list(by_path.values())[i] for i in local_share(len(by_path), run.accelerator)]
     buckets = len({bucket for _, bucket in places})
 
-    def prepare(own: list[Place]) -> list[tuple[Place, dict[View, Look], dict]]:
+    def prepare(own: list[Place]) -> list[tuple[Place, dict[View, CachedView], dict]]:
         """Choose the views of a picture, and cut those that the store lacks."""
         count = view_count(run.args, samples[own[0][0]].is_class, buckets)
         chosen = [(place, choose_views(run, samples[place[0]], place[1], count, fingerprint)) for place in own]
@@ -4747,7 +4748,7 @@ class GradientWatch:
         self.adapters, self.left, self.largest = adapters, steps, torch.zeros(())
 
     def look(self) -> None:
-        """Look at a step's gradients; at the last of the first steps, warn."""
+        """CachedView at a step's gradients; at the last of the first steps, warn."""
         if not self.left:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.adapters.values()]
@@ -5011,7 +5012,7 @@ class GraphedStep:
         try:
             return self.capture(functools.partial(self.step, batch), pool=self.pool)
         except RuntimeError as error:
-            logger.warning("warning: --cuda_graph: this step cannot be recorded (%s); training goes on without.",
+            logger.warning("warning: --cuda_graph: this step cannot be captured (%s); training goes on in eager mode.",
                            first_line(error))
             self.capture = lambda step, pool: step
             return functools.partial(self.step, batch)
@@ -5025,13 +5026,12 @@ def graph_obstacle(run: Run) -> str:
     args = run.args
     share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
     obstacles = {
-        f"{run.device} has none": run.device.type != "cuda",
-        "compiled code has graphs of its own": args.torch_compile
+        f"{run.device} has no CUDA graphs": run.device.type != "cuda",
+        "it cannot be combined with torch.compile": args.torch_compile
         or run.accelerator.state.dynamo_plugin.backend.value != "NO",
-        "DoRA runs through peft": args.use_dora,
-        "blocks that are computed again read the random state for --lora_dropout": checkpointed(args)
-        and args.lora_dropout,
-        "the text encoders stop learning on the way": trains_text(args) and share < 1}
+        "it cannot be combined with --use_dora": args.use_dora,
+        "gradient checkpointing with --lora_dropout reads the random state": checkpointed(args) and args.lora_dropout,
+        "the text encoders are trained for a part of the steps only": trains_text(args) and share < 1}
     return next((sentence for sentence, applies in obstacles.items() if applies), "")
 
 
@@ -5080,7 +5080,7 @@ def begin(run: Run, state: TrainingState, digest: str) -> int:
 def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], objective: Objective, events: Events,
           schedule: Schedule, digest: str, pictures: dict[str, list[str]]) -> Outcome:
     """Train the adapters, resuming where a checkpoint left off; digest is that of the data, pictures of its parts."""
-    (args, accelerator), last = (run.args, run.accelerator), schedule.total_steps
+    args, accelerator, last = run.args, run.accelerator, schedule.total_steps
     state = make_state(run, model, schedule, digest, pictures)
     optimizer, lr_scheduler, average, adapters = state.optimizer, state.lr_scheduler, state.average, state.trained
     step = begin(run, state, digest)
@@ -5329,8 +5329,8 @@ def begin_with_lora(path: Path, model: TrainableSDXL) -> None:
 
     Raises UserError for what the file has and this run does not adapt.
     """
-    tensors, scales = read_sound_lora(path, model)
-    check_fits(path, tensors, scales, model)
+    tensors, scales = read_checked_lora(path, model)
+    check_lora_fits(path, tensors, scales, model)
     own = model.scales()
     for module, scale in scales.items():
         name = f"{module}.lora_B.weight"
@@ -5342,8 +5342,8 @@ def begin_with_lora(path: Path, model: TrainableSDXL) -> None:
             if name.startswith(f"{component}.")}, adapter_name="default")
 
 
-def read_sound_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """read_lora for a file of anybody's. Raises UserError for one that is damaged."""
+def read_checked_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Read a LoRA file as read_lora does. Raises UserError if it is damaged."""
     try:
         tensors, scales = read_lora(path, model)
         pairs = {"lora_A": "lora_B", "lora_B": "lora_A"}
@@ -5357,7 +5357,7 @@ def read_sound_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor]
     return tensors, scales
 
 
-def check_fits(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], model: TrainableSDXL) -> None:
+def check_lora_fits(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], model: TrainableSDXL) -> None:
     """Check a LoRA file's tensors against the adapters that are trained. Raises UserError."""
     expected = lora_tensors(model)
     unknown = sorted(set(tensors) - set(expected))

@@ -157,12 +157,12 @@ class Lab:
     @contextmanager
     def peak(self) -> Iterator[dict[str, float]]:
         """The most that is allocated on the GPU meanwhile, beyond what was there before the model, in GB."""
-        told = {"gb": 0.0}
+        measured = {"gb": 0.0}
         if self.on_gpu:
             self.torch.cuda.reset_peak_memory_stats()
-        yield told
+        yield measured
         if self.on_gpu:
-            told["gb"] = (self.torch.cuda.max_memory_allocated() - self.allocated) / 1e9
+            measured["gb"] = (self.torch.cuda.max_memory_allocated() - self.allocated) / 1e9
 
     def launches(self, step: Callable[[], None]) -> int:
         """How many kernels, or on a CPU operators, a step launches."""
@@ -180,7 +180,7 @@ Emit = Callable[..., None]
 
 
 def ceilings(lab: Lab, emit: Emit) -> None:
-    """The rates of a bf16 matrix product and of a copy on the device."""
+    """Measure the rates of a bf16 matrix product and of a copy on the device."""
     torch, side = lab.torch, 256 if lab.tiny else 8192
     one = torch.randn(side, side, device=lab.device, dtype=torch.bfloat16)
     lab.seconds(lambda: one @ one, 3)
@@ -192,7 +192,7 @@ def ceilings(lab: Lab, emit: Emit) -> None:
 
 
 def step(lab: Lab, emit: Emit) -> None:
-    """Steps of SDXL at 1024 px: this trainer and the usual loop in turns; then smaller base models."""
+    """Time steps of SDXL at 1024 px: this trainer and the usual loop in turns."""
     blocks = lab.trainer.blocks_of(lab.model.unet)
     cases = [(1, "all kept", []), (1, "half of the blocks", blocks[:len(blocks) // 2]), (1, "all blocks", blocks),
              (4, "all kept", [])]
@@ -214,14 +214,14 @@ def step(lab: Lab, emit: Emit) -> None:
 
 
 def smaller(tiny: bool, folder: Path, emit: Emit) -> None:
-    """The same in fp16, and with packed weights; each needs a model of its own."""
+    """Time the same in fp16 and with quantized weights; each needs a model of its own."""
     sets = {"fp16": ["--mixed_precision=fp16"], "int8": ["--base_precision=int8"], "fp8": ["--base_precision=fp8"],
             "nf4": ["--base_precision=nf4"]}
     for name, flags in sets.items():
         if name == "nf4" and not importable("bitsandbytes"):
             emit(loop="ours", precision=name, left_out="bitsandbytes is not installed")
             continue
-        with told_if_it_fails(emit, precision=name):
+        with report_error(emit, precision=name):
             lab = Lab(tiny, folder, flags)
             batch = lab.random_batch(1)
             steps = {"ours": (True, lab.ours(batch))}
@@ -233,7 +233,7 @@ def smaller(tiny: bool, folder: Path, emit: Emit) -> None:
 
 
 def graph(lab: Lab, emit: Emit) -> None:
-    """A micro-batch as a CUDA graph against eager mode: the same numbers? How fast?"""
+    """Compare a micro-batch as a CUDA graph with eager mode: its numbers and its seconds."""
     blocks = lab.trainer.blocks_of(lab.model.unet)
     for name, recomputed in (("all kept", []), ("all blocks", blocks)):
         lab.recompute(recomputed)
@@ -247,7 +247,7 @@ def graph(lab: Lab, emit: Emit) -> None:
 
 
 def compare_gradients(lab: Lab, batch: Any, emit: Emit) -> None:
-    """Loss and gradients of a graph and of eager mode for two seeds, as shares of the largest number."""
+    """Compare loss and gradients of a graph and of eager mode for two seeds, as shares of the largest number."""
     eager = functools.partial(lab.trainer.eager_step, lab.run, lab.model, lab.objective)
     graphed = lab.trainer.GraphedStep(eager, lab.model, *lab.capture())
 
@@ -267,7 +267,7 @@ def compare_gradients(lab: Lab, batch: Any, emit: Emit) -> None:
 
 
 def kernels(lab: Lab, emit: Emit) -> None:
-    """What the trainer's own code gains over plain code: the fused LoRA forward, the order of blocks, VAE strips."""
+    """Measure what the trainer's own code gains: the fused LoRA forward, the order of blocks, the VAE in strips."""
     torch, trainer, batch = lab.torch, lab.trainer, lab.random_batch(1)
     fused, plain = lab.model, trainer.TrainableSDXL(lab.model.unet, compiled=True)
     for name, model in (("fused LoRA forward", fused), ("plain LoRA forward", plain)):
@@ -283,12 +283,12 @@ def kernels(lab: Lab, emit: Emit) -> None:
     for name in ("strips", "whole", "tiles"):
         for dtype in (torch.bfloat16, torch.float32):
             what = f"VAE decodes in {name}, {str(dtype).partition('.')[2]}"
-            with told_if_it_fails(emit, what=what):
+            with report_error(emit, what=what):
                 emit(what=what, **decoding(lab, name, dtype))
 
 
 def decoding(lab: Lab, name: str, dtype: Any) -> dict[str, float]:
-    """Seconds and peak GB of decoding a picture: by strips, whole layers, or diffusers' tiles."""
+    """Return seconds and peak GB of decoding a picture: by strips, whole layers, or diffusers' tiles."""
     torch, trainer, side = lab.torch, lab.trainer, 8 if lab.tiny else 128
     lab.allocated = torch.cuda.memory_allocated() if lab.on_gpu else 0
     vae, usual = trainer.load_part(lab.run.vae, "vae", dtype, lab.device), trainer.WHOLE
@@ -306,7 +306,7 @@ def decoding(lab: Lab, name: str, dtype: Any) -> dict[str, float]:
 
 
 def computed(tiny: bool, folder: Path, emit: Emit) -> None:
-    """What estimate_memory says, for estimate to hold against the card."""
+    """Compute what estimate_memory says, which the part `estimate` compares with the card."""
     import full_size
 
     import train_dreambooth_lora_sdxl as trainer
@@ -322,7 +322,7 @@ ESTIMATED = {"all kept": [], "all blocks": ["--gradient_checkpointing"]}
 
 
 def estimate(tiny: bool, folder: Path, emit: Emit) -> None:
-    """The peak of each phase on the card, and how far the computed one is from it, per cent."""
+    """Measure the peak memory of each phase, and by how many per cent the computed one is off."""
     rows = map(json.loads, (emit.keywords["out"] / "computed.jsonl").read_text().splitlines())
     said = {(row["flags"], row["phase"]): row["gb"] for row in rows if "gb" in row}
     for name, flags in ESTIMATED.items():
@@ -332,51 +332,51 @@ def estimate(tiny: bool, folder: Path, emit: Emit) -> None:
         work()
         with lab.peak() as peak:
             work()
-        told = {"training": peak["gb"]}
+        peaks = {"training": peak["gb"]}
         with lab.peak() as peak, torch.no_grad(), trainer.as_users_load_it(lab.model):
             lab.model(*validation_inputs(lab))
-        told["validation"] = peak["gb"]
+        peaks["validation"] = peak["gb"]
         side = run.args.resolution // run.vae_factor
         with trainer.offloaded(run, lab.model), lab.peak() as peak:
             trainer.decode_latents(trainer.load_vae(run.vae, run.dtype, lab.device), [torch.randn(1, 4, side, side)])
-        told["decoding"] = peak["gb"]
+        peaks["decoding"] = peak["gb"]
         lab.model = lab.adapters = work = None
         lab.empty()
-        told |= other_phases(lab)
-        for phase, gb in told.items():
+        peaks |= other_phases(lab)
+        for phase, gb in peaks.items():
             off = 100 * (said[name, phase] / gb - 1) if gb and (name, phase) in said else None
             emit(flags=name, phase=phase, measured_gb=gb, computed_gb=said.get((name, phase)), per_cent_off=off)
         del lab
 
 
 def validation_inputs(lab: Lab) -> tuple:
-    """Two rows, as guidance has them."""
+    """Return inputs of two rows, as classifier-free guidance has them."""
     batch = lab.random_batch(2)
     return batch.mean, lab.torch.tensor([500, 500], device=lab.device), batch.text, batch.add_time_ids
 
 
 def other_phases(lab: Lab) -> dict[str, float]:
-    """The peaks of encoding a picture and a prompt, in GB."""
-    torch, trainer, run, told = lab.torch, lab.trainer, lab.run, {}
+    """Return the peaks of encoding a picture and a prompt, in GB."""
+    torch, trainer, run, peaks = lab.torch, lab.trainer, lab.run, {}
     lab.allocated = torch.cuda.memory_allocated() if lab.on_gpu else 0
     with lab.peak() as peak:
         vae = trainer.load_part(run.vae, "vae", torch.float32, lab.device)
         trainer.encode_image(vae, torch.rand(3, run.args.resolution, run.args.resolution), "noise")
-    told["latents"] = peak["gb"]
+    peaks["latents"] = peak["gb"]
     del vae
     lab.empty()
     with lab.peak() as peak, torch.no_grad():
         encoder = trainer.load_part(run.base, "text_encoder_2", run.dtype, lab.device)
         length = encoder.config.max_position_embeddings
         encoder(torch.zeros(1, length, dtype=torch.long, device=lab.device), output_hidden_states=True)
-    told["prompts"] = peak["gb"]
-    return told
+    peaks["prompts"] = peak["gb"]
+    return peaks
 
 
 def compile_(tiny: bool, folder: Path, emit: Emit) -> None:
-    """torch.compile, regional and full: seconds to the first step, and of the steps after."""
+    """Time torch.compile, regional and full: seconds to the first step, and of the steps after."""
     for kind in ("regional", "full"):
-        with told_if_it_fails(emit, kind=kind):
+        with report_error(emit, kind=kind):
             began = time.perf_counter()
             if tiny:  # inductor would take a minute
                 os.environ["ACCELERATE_DYNAMO_BACKEND"] = "aot_eager"
@@ -391,7 +391,7 @@ def compile_(tiny: bool, folder: Path, emit: Emit) -> None:
 
 
 def toy(tiny: bool, folder: Path, emit: Emit) -> None:
-    """The README's quick start on this device, in each precision at once, and what a judge sees in its pictures."""
+    """Run the README's quick start on this device, in all precisions at once, and judge its pictures."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -407,7 +407,7 @@ def toy(tiny: bool, folder: Path, emit: Emit) -> None:
             continue
         history = [json.loads(line) for line in (folder / precision / "history.jsonl").read_text().splitlines()]
         pictures = 1 if tiny else 5
-        with told_if_it_fails(emit, precision=precision):
+        with report_error(emit, precision=precision):
             seen = judged(folder / precision, pictures, "cuda" if on_gpu else "cpu")
             emit(precision=precision, seconds=time.perf_counter() - began, loss=history[-1]["loss"],
                  samples_per_second=history[-1]["samples_per_second"], peak_gb=history[-1]["peak_memory_gb"], **seen)
@@ -416,7 +416,7 @@ def toy(tiny: bool, folder: Path, emit: Emit) -> None:
 
 
 def judged(lora: Path, a_place: int, device: str) -> dict[str, float]:
-    """Per cent of pictures that show the subject and the place, and of the class prompt's that show a plain dog."""
+    """Return how many per cent of the pictures show subject and place, and of the class prompt's a plain dog."""
     import diffusers
     import torch
     import transformers
@@ -451,7 +451,7 @@ def start(words: Sequence[str]) -> subprocess.Popen:
 
 
 def exact(tiny: bool, folder: Path, emit: Emit) -> None:
-    """Stop after half of the steps and go on; run it again; with CUDA graphs: are they the same bits?"""
+    """Compare the bits of a run with those of the same run again, resumed, and with CUDA graphs."""
     import torch
     from safetensors.torch import load_file
 
@@ -486,7 +486,7 @@ def exact(tiny: bool, folder: Path, emit: Emit) -> None:
 
 
 def nondeterministic(folder: Path) -> list[str]:
-    """The operators of a step that PyTorch warns of under use_deterministic_algorithms."""
+    """Return the operators of a step of which use_deterministic_algorithms warns."""
     lab = Lab(True, folder)
     work = lab.ours(lab.random_batch(1))
     lab.torch.use_deterministic_algorithms(True, warn_only=True)
@@ -497,14 +497,14 @@ def nondeterministic(folder: Path) -> list[str]:
 
 
 def importable(name: str) -> bool:
-    """Whether a package is installed."""
+    """Return whether a package is installed."""
     import importlib.util
 
     return importlib.util.find_spec(name) is not None
 
 
 @contextmanager
-def told_if_it_fails(emit: Emit, **row: Any) -> Iterator[None]:
+def report_error(emit: Emit, **row: Any) -> Iterator[None]:
     """Write a row with the error instead of ending the part; one of CUDA itself ends the process."""
     try:
         yield
@@ -530,7 +530,7 @@ def write_row(part: str, out: Path, began: float, **row: Any) -> None:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """A row in one line."""
+    """Return a row as one line."""
     return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in row.items())
 
@@ -552,14 +552,14 @@ def run_parts(parts: Sequence[str], tiny: bool, out: Path) -> None:
         folder = Path(name)
         for part in parts:
             emit = functools.partial(write_row, part, out=out, began=began)
-            with told_if_it_fails(emit):  # the next parts may still run
+            with report_error(emit):  # the next parts may still run
                 lab = (lab or Lab(tiny, folder)) if part in WITH_LAB else None
                 WITH_LAB[part](lab, emit) if part in WITH_LAB else WITHOUT[part](tiny, folder, emit)
                 emit(done=True)
 
 
 def finished(out: Path, part: str) -> bool:
-    """Whether a part is done, or has failed as a whole."""
+    """Return whether a part is done, or has failed as a whole."""
     path = out / f"{part}.jsonl"
     rows = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
     return any(row.get("done") or set(row) == {"error", "at"} for row in rows)
@@ -576,13 +576,13 @@ def collect(out: Path, parts: Sequence[str]) -> dict[str, list[dict]]:
 
 @functools.cache
 def machine() -> dict[str, str]:
-    """The card, and the versions."""
+    """Return the name of the card, and the versions."""
     code = ("import torch, diffusers, transformers, accelerate, peft, json\n"
             "card = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'\n"
             "print(json.dumps({'card': card, 'cuda': str(torch.version.cuda), **{m.__name__: m.__version__ for m in "
             "(torch, diffusers, transformers, accelerate, peft)}}))")
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().splitlines()
-    return json.loads(told[-1]) if told else {"card": "unknown"}
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().splitlines()
+    return json.loads(lines[-1]) if lines else {"card": "unknown"}
 
 
 def child(parts: Sequence[str], tiny: bool, out: Path) -> subprocess.Popen:

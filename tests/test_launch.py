@@ -152,22 +152,27 @@ with open("heard-" + os.environ["RANK"] + ".json", "w") as file:
 """
 
 
+def run_twice(program: str, words: list[str], folder: Path, port: int) -> None:
+    """Run a program around the trainer in two processes; both must end well."""
+    (folder / "program.py").write_text(program.format(script=str(trainer.__file__)))
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+    told = subprocess.run(
+        [sys.executable, *two, "program.py", *words],
+        env={**os.environ, **ON_CPUS},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+
+
 def test_processes_talk_once_a_step_and_never_while_they_accumulate(train, tmp_path, free_port):
     """What goes through torch.distributed, in order: one all-reduce a step, of 4 bytes a trained parameter, and the
     question whether a signal came, which the hosts ask each other; the last step is looked at, too.
     """
-    (tmp_path / "listening.py").write_text(LISTENING.format(script=str(trainer.__file__)))
-    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
     words = train.words(gradient_accumulation_steps=3, max_train_steps=3, mixed_precision="bf16")
-    told = subprocess.run(
-        [sys.executable, *two, "listening.py", *words],
-        env={**os.environ, **ON_CPUS},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert told.returncode == 0, told.stderr
+    run_twice(LISTENING, words, tmp_path, free_port)
     for rank in range(2):
         parameters, *heard = json.loads((tmp_path / f"heard-{rank}.json").read_text())
         step = [*["micro-batch begins", "micro-batch ends"] * 3, f"allreduce_ {4 * parameters}", "allreduce_ 16"]
@@ -191,17 +196,8 @@ trainer.main(trainer.parse_args())
 
 def test_what_one_rank_prepares_may_take_longer_than_a_step(train, tmp_path, free_port):
     """A single file of 7 GB, a large data set: the others wait without a limit such as --ddp_timeout."""
-    (tmp_path / "slow.py").write_text(SLOW_DISK.format(script=str(trainer.__file__)))
-    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}")
-    told = subprocess.run(
-        [sys.executable, *two, "slow.py", *train.words(ddp_timeout=8)],
-        env={**os.environ, **ON_CPUS},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert told.returncode == 0, told.stderr
+    run_twice(SLOW_DISK, train.words(ddp_timeout=8), tmp_path, free_port)
+    assert (Path(train.flags["output_dir"]) / trainer.LORA_FILE).exists()
 
 
 def worst_difference(first: Path, second: Path) -> float:
