@@ -99,7 +99,7 @@ def unfinished(output: Path, what: str, step: int) -> Path | None:
     names = os.listdir(output) if (output.parent / "resumed").exists() else []
     if what == "saving":
         return output / f".{trainer.LORA_FILE}.tmp" if f".{trainer.LORA_FILE}.tmp" in names else None
-    whole = max((step for name in names if (step := trainer.step_of(Path(name)))), default=0)
+    whole = max((trainer.step_of(Path(name)) or 0 for name in names), default=0)
     for name in names:
         found = re.fullmatch(r"\.(?:checkpoint|last)-(\d+)\.tmp", name)  # so is an old one before it is removed
         if found and step <= max(whole, int(found[1])) and (int(found[1]) > whole) == (what == "writing"):
