@@ -73,14 +73,12 @@ import shutil
 import signal
 import stat
 import statistics
-import string
 import sys
 import tempfile
 import threading
 import time
 import unicodedata
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +89,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
-from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps, ImageStat, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from PIL import __version__ as PIL_VERSION  # noqa: N812
 
 if os.name == "posix":
@@ -107,13 +105,12 @@ HISTORY_FILE = "history.jsonl"
 MANIFEST_FILE = ".train_dreambooth_lora_sdxl.json"
 STATE_FILE = "state.pt"
 OUTPUT_NAMES = {  # what a run writes into its folder, each with the file whose mention in the manifest vouches for it
-    **{name: name for name in (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, CONFIG_FILE, "README.md", "report.html",
-                               "progress.png")},
-    HISTORY_FILE: CONFIG_FILE, "validation/step-000000": "progress.png", "card_samples": "README.md"}
+    **{name: name for name in (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, CONFIG_FILE, "README.md", "progress.png")},
+    HISTORY_FILE: CONFIG_FILE, "validation/step-000000": "progress.png"}
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 PATH_FLAGS = ("config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config",
               "cache_dir", "instance_data_dir", "dataset_name", "class_data_dir", "mask_dir", "cache_latents_dir",
-              "validation_prompts", "output_dir", "logging_dir", "resume_from_checkpoint", "init_lora")
+              "output_dir", "logging_dir", "resume_from_checkpoint", "init_lora")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")  # those that exist here
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 CAPTION_SUFFIXES = (".caption", ".txt")  # the last one wins
@@ -123,9 +120,10 @@ PLANNED_LOOKS = 1000  # at pictures, in a run whose length is --steps_per_image 
 LOG_STEPS = 10  # optimizer steps between two looks at the loss: each look waits for the GPU
 GB = 1e9
 TIME_IS_UP = 1000  # beside the numbers of signals: what ends a run by the clock
-AUTO_BLOCKS, ALL_BLOCKS = -1, 10**6  # to be chosen; more than any UNet has
-INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class pictures
-TWINS = ("pissa", "olora")  # of --lora_init: adapters that begin as a part of the weights, which a twin takes away
+ALL_BLOCKS = 10**6  # more than any UNet has
+INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0  # of class and validation pictures
+CACHED_CROPS = 8  # of a picture, where crop or flip are random
+MAX_UPSCALE = 2.0  # with buckets: a smaller picture gets a smaller bucket
 TOKENIZERS, TEXT_ENCODERS = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"  # what single files go with
 VAE_KEYS = ("^encoder.conv_in.weight$", "^decoder.conv_out.weight$")  # what a single file of each kind must have
@@ -255,6 +253,9 @@ class Parser(argparse.ArgumentParser):
         flags = [option for action in self._actions for option in action.option_strings]
         told = []
         for word in [word for word in words if word.startswith("-")] or words:  # not the values of unknown flags
+            name = re.sub("^--(no-)?", "", word.split("=")[0])
+            if name in DROPPED_FLAGS:
+                raise UserError(f"--{name} was removed: {DROPPED_FLAGS[name][1]}.")
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             told.append(f"{word} (did you mean {near[0]}?)" if near else word)
         raise UserError(f"{where} does not know {', '.join(told)}.")
@@ -305,14 +306,6 @@ def count_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, nor {AUTO}") from None
 
 
-def blocks(text: str) -> int:
-    """An argparse type: how many blocks are checkpointed."""
-    try:
-        return {"auto": AUTO_BLOCKS, "all": ALL_BLOCKS}.get(text) or number(int, 0)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor auto or all") from None
-
-
 def bucket_list(text: str) -> str:
     """An argparse type: auto, or sizes in pixels, multiples of 8."""
     sizes = [] if text == "auto" else [re.fullmatch(r"(\d{2,5})x(\d{2,5})", size.strip()) for size in text.split(",")]
@@ -352,10 +345,9 @@ class BlockRule(NamedTuple):
 
 
 def rules_of(args: argparse.Namespace) -> list[BlockRule]:
-    """The blocks that are adapted, by the flag or the preset; none are all."""
-    if not args.lora_unet_blocks:
-        return [BlockRule(block, None, None) for block in LORA_PRESETS[args.lora_preset][0]]
-    found = (re.fullmatch(r"([\w.]+)(?:=(\d+)(?::(.+))?)?", rule.strip()) for rule in args.lora_unet_blocks.split(","))
+    """Return the rules of --lora_unet_blocks; none means all blocks."""
+    rules = args.lora_unet_blocks.split(",") if args.lora_unet_blocks else ()
+    found = (re.fullmatch(r"([\w.]+)(?:=(\d+)(?::(.+))?)?", rule.strip()) for rule in rules)
     return [BlockRule(rule[1], int(rule[2]) if rule[2] else None, float(rule[3]) if rule[3] else None)
             for rule in found]
 
@@ -371,26 +363,33 @@ class OptimizerKind(NamedTuple):
 OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim", "AdamW", 8),
     "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2),
-    "lion8bit": OptimizerKind("bitsandbytes.optim", "Lion8bit", 1),
     "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16),
     "adafactor": OptimizerKind("transformers", "Adafactor", 0),
     "schedule_free": OptimizerKind("schedulefree", "AdamWScheduleFree", 8)}
 
 
-class YesNoTrueFalse(argparse.BooleanOptionalAction):
-    """--flag and --no-flag, and --flag True or False, as old commands write."""
+class OptionalValue(argparse.BooleanOptionalAction):
+    """--flag, --no-flag, --flag True and --flag False, as old commands write, and --flag VALUE if it has a type."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, value_type: Callable[[str], Any] | None = None,
+                 metavar: str | None = None, **keywords: Any) -> None:
         super().__init__(option_strings, dest, **keywords)
-        self.nargs = "?"
+        self.nargs, self.value_type, self.metavar = "?", value_type, metavar
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
         """Set the flag."""
-        truth = {None: True, "true": True, "false": False}.get(values if values is None else str(values).lower())
-        if truth is None:
+        value = {None: True, "true": True, "false": False}.get(values if values is None else str(values).lower())
+        if str(option_string).startswith("--no-"):
+            value = {True: False, False: True}.get(value)
+        elif value is None and self.value_type:
+            try:
+                value = self.value_type(values)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"argument {option_string}: {error}, nor True or False")
+        if value is None:
             parser.error(f"argument {option_string}: '{values}' is neither True nor False")
-        setattr(namespace, self.dest, truth != str(option_string).startswith("--no-"))
+        setattr(namespace, self.dest, value)
 
 
 COUNT, INDEX = number(int, 1), number(int, 0)
@@ -401,13 +400,38 @@ POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 YES_NO = argparse.BooleanOptionalAction
 ATTENTION = ("to_k", "to_q", "to_v", r"to_out\.0")
 LINEAR = (*ATTENTION, r"ff\.net\.0\.proj", r"ff\.net\.2", r"attentions\.\d+\.proj_in", r"attentions\.\d+\.proj_out")
-LORA_PRESETS = {  # blocks by their beginnings, layers by their ends; B-LoRA's blocks are of arXiv:2403.14572
-    "attention": ((), ATTENTION), "attention+ff": ((), LINEAR),
-    "full": ((), (*LINEAR, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out",
-                  r"samplers\.0\.conv", "linear_1", "linear_2")),
-    "b-lora-content": (("up_blocks.0.attentions.0",), ATTENTION),
-    "b-lora-style": (("up_blocks.0.attentions.1",), ATTENTION)}
-LOSS_TYPES = ("l2", "huber", "smooth_l1")
+LORA_LAYERS = {  # by the ends of their names
+    "attention": ATTENTION, "attention+ff": LINEAR,
+    "full": (*LINEAR, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out",
+             r"samplers\.0\.conv", "linear_1", "linear_2")}
+LOSS_TYPES = ("l2", "huber")
+SHAPES = "an option of the prompt sets it: --validation_prompt 'a dog"
+DROPPED_FLAGS = {  # flags of earlier versions: values that change nothing, and what to do instead
+    "estimate_memory": ((False,), "python tools/estimate_memory.py takes the same flags"),
+    "vram_budget": ((), "python tools/estimate_memory.py --budget GB finds the flags that fit"),
+    "checkpoint_blocks": ((0,), "--gradient_checkpointing N does the same"),
+    "monitor_steps": ((), "--validation_steps shows what is learnt and what is lost"),
+    "prior_preservation": (("pictures",), "--with_prior_preservation uses class pictures with --class_data_dir, else "
+                           "the base model's predictions"),
+    "dco_beta": ((1000.0,), "direct consistency optimisation kept the class in fewer than half of the runs"),
+    "lora_init": (("gaussian",), "no other initialisation was better than Gaussian (benchmarks/crafts.md)"),
+    "lora_preset": (("attention",), "--lora_layers attention+ff or full; B-LoRA's style is --lora_unet_blocks "
+                    "up_blocks.0.attentions.1, its content up_blocks.0.attentions.0"),
+    "train_text_encoder_ti_frac": ((0.5,), "--train_text_encoder_frac holds for new tokens, too"),
+    "input_perturbation": ((0.0,), "it did not help (benchmarks/crafts.md)"),
+    "huber_schedule": (("snr",), "--loss_type huber uses the schedule by signal-to-noise ratio"),
+    "on_nan": (("stop",), "a step that is not finite ends the run; the last checkpoint is whole"),
+    "max_skipped_steps": ((10,), "a step that is not finite ends the run; the last checkpoint is whole"),
+    "max_upscale": ((2.0,), "with buckets a picture is enlarged at most twice"),
+    "cache_variants": ((8,), "eight crops of a picture are encoded; --repeats adds more"),
+    "allow_pickle": ((False, True), "weights that are pickles are read without running code"),
+    "checkpointing_minutes": ((), "--checkpointing_steps sets the interval"),
+    "card_data_samples": ((False,), "pictures that are to be public can be added to the repository by hand"),
+    "validation_prompts": ((), "--validation_prompt reads a .txt file, too"),
+    "validation_negative_prompt": ((), f"{SHAPES} --n blurry'"),
+    "validation_num_inference_steps": ((25,), f"{SHAPES} --s 30'"),
+    "validation_guidance_scale": ((5.0,), f"{SHAPES} --l 7'"),
+    "validation_resolution": ((), f"{SHAPES} --w 768 --h 768'")}
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -428,7 +452,6 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--revision", help="of the base model: branch, tag or commit")
     add("--variant", help="of the base model's files, such as fp16")
     add("--cache_dir", help="where downloads go")
-    add("--allow_pickle", action=YES_NO, default=False, help="load weights that are no safetensors, as pickles")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--instance_data_dir", metavar="DIR", help="folder with the pictures of your subject")
@@ -450,27 +473,23 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="what the background counts with --masked_loss")
     add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
         help="keep the pictures' shapes: SDXL's own for the resolution, or 1024x1024,832x1216 (width x height)")
-    add("--max_upscale", type=POSITIVE, default=2.0, help="with buckets: how many times a picture may be enlarged")
     add("--center_crop", action=YES_NO, default=False, help="crop the middle instead of a random part")
     add("--random_flip", action=YES_NO, default=False, help="mirror half of the views")
     add("--image_interpolation_mode", default="lanczos",
         choices=[m.name.lower() for m in Image.Resampling], help="how pictures are resized")
     add("--cache_latents_dir", metavar="DIR", help="of encoded pictures and prompts; default: cache in --output_dir")
-    add("--cache_variants", type=FEW, default=8, help="views of a picture where crop or flip are random")
     add("--dataloader_num_workers", type=INDEX, default=0, help="threads that decode pictures while they are cached")
 
     add = parser.add_argument_group("prior preservation").add_argument
-    add("--with_prior_preservation", action=YES_NO, default=False, help="keep the class as it was, by pictures of it")
-    add("--prior_preservation", choices=["pictures", "base_model", "dco"],
-        help="by pictures of it, which is the same as the flag above; by what the base model says of --class_prompt, "
-             "without pictures; or by not leaving the base model, without a prompt")
-    add("--class_data_dir", metavar="DIR", help="folder of class pictures; missing ones are drawn into it")
+    add("--with_prior_preservation", action=YES_NO, default=False,
+        help="keep what the model knows of --class_prompt: by pictures of the class with --class_data_dir, else by "
+             "the base model's predictions")
+    add("--class_data_dir", metavar="DIR", help="folder of class pictures; missing ones are generated into it")
     add("--class_prompt", help='the same without the rare word: "a photo of a dog"')
-    add("--num_class_images", type=FEW, default=100, help="in the folder; missing ones are drawn")
-    add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0, help="what a row of the class counts")
-    add("--dco_beta", type=POSITIVE, default=1000.0, help="of dco: how hard it holds on to the base model")
+    add("--num_class_images", type=FEW, default=100, help="in the folder; missing ones are generated")
+    add("--prior_loss_weight", type=NOT_NEGATIVE, default=1.0, help="weight of the prior preservation loss")
     add("--sample_batch_size", type=COUNT, default=4,
-        help="class pictures drawn at once; where blocks are recomputed, no more than a step has rows")
+        help="class pictures generated at once; with gradient checkpointing, no more than a step has rows")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
 
     add = parser.add_argument_group("adapters").add_argument
@@ -480,19 +499,17 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--use_rslora", action=YES_NO, default=False, help="scale is lora_alpha / sqrt(rank)")
     add("--use_dora", action=YES_NO, default=False,
         help="DoRA: learn magnitude and direction apart; slower, on the UNet alone: text encoders have plain LoRA")
-    add("--lora_init", choices=["gaussian", "kaiming", "orthogonal", "pissa", "olora"], default="gaussian",
-        help="the last two begin as a part of the weights (by SVD, by QR), at twice the rank in the file")
-    add("--lora_preset", choices=list(LORA_PRESETS), default="attention", help="which layers of the UNet are adapted")
-    add("--lora_layers", type=patterns, metavar="NAME,...", help="instead: layers by their names' ends, or patterns")
+    add("--lora_layers", type=patterns, metavar="|".join([*LORA_LAYERS, "NAME,..."]), default="attention",
+        help="layers of the UNet that get LoRA; NAME: the end of a layer's name, or a regular expression of it")
     add("--lora_unet_blocks", type=block_rules, metavar="BLOCK[=RANK[:RATE]],...",
         help="only in these blocks, such as up_blocks.0=16:2e-4,down_blocks.2")
 
     add = parser.add_argument_group("text").add_argument
     add("--train_text_encoder", action=YES_NO, default=False, help="LoRA on both text encoders too")
-    add("--train_text_encoder_frac", type=SHARE, default=1.0, help="of the steps; then their embeddings are cached")
+    add("--train_text_encoder_frac", type=SHARE,
+        help="share of the steps after which text encoders or new tokens are frozen; default: 1, with new tokens 0.5")
     add("--train_text_encoder_ti", action=YES_NO, default=False,
         help="pivotal tuning instead: new tokens whose embeddings are learnt beside the LoRA")
-    add("--train_text_encoder_ti_frac", type=SHARE, default=0.5, help="of the steps; then the tokens stay as they are")
     add("--token_abstraction", default="TOK", metavar="WORD,...", help="what stands for new tokens in prompts")
     add("--num_new_tokens_per_abstraction", type=number(int, 1, high=32), default=2,
         help="embeddings a word")
@@ -510,9 +527,6 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help=f"instead: times that each picture is seen, whatever the batch; auto: {PLANNED_LOOKS:,} for all pictures "
              "together, but at least 100 for each, and a warm-up of a twentieth where the schedule has one")
     add("--seed", type=SEED, help="default: drawn at random, and written to " + CONFIG_FILE)
-    add("--on_nan", choices=["stop", "skip"], default="stop",
-        help="a step whose numbers are not finite ends the run, or is left out, which costs a look at every step")
-    add("--max_skipped_steps", type=COUNT, default=10, help="more of them end the run")
     add("--max_train_minutes", type=POSITIVE, help="then stop with a checkpoint, counted from the command")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -529,13 +543,13 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--use_8bit_adam", action=YES_NO, default=False, help="the same as --optimizer adamw8bit")
     add("--loraplus_lr_ratio", type=POSITIVE, help="LoRA+: the rate of the B matrices over that of the A; 16 is usual")
     add("--prodigy_beta3", type=NOT_NEGATIVE, help="default: the root of --adam_beta2")
-    add("--prodigy_decouple", action=YesNoTrueFalse, default=True, help="weight decay as AdamW has it")
-    add("--prodigy_use_bias_correction", action=YesNoTrueFalse, default=True, help="as Adam has it")
-    add("--prodigy_safeguard_warmup", action=YesNoTrueFalse, default=True, help="steps of the warm-up count less")
+    add("--prodigy_decouple", action=OptionalValue, default=True, help="weight decay as AdamW has it")
+    add("--prodigy_use_bias_correction", action=OptionalValue, default=True, help="as Adam has it")
+    add("--prodigy_safeguard_warmup", action=OptionalValue, default=True, help="steps of the warm-up count less")
     add("--use_ema", action=YES_NO, default=False, help="draw with and write the adapters' running mean")
     add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after so many a step counts half")
-    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, help="of all optimizers with Adam's moments, and of Lion")
-    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, help="as above, but Lion's own default is 0.99")
+    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, help="of all optimizers with Adam's moments")
+    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, help="of all optimizers with Adam's moments")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="of all optimizers with Adam's moments")
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="of the UNet's adapters")
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3,
@@ -548,31 +562,24 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--do_edm_style_training", action=YES_NO, default=False,
         help="weights of epsilon for a v-prediction model; a model with an EDM scheduler is trained so by itself")
     add("--snr_gamma", type=POSITIVE, help="min-SNR weighting; 5 is usual")
-    add("--loss_weighting", choices=["debiased", "p2"], help="instead: debiased estimation, or P2")
-    add("--loss_type", choices=list(LOSS_TYPES), default="l2", help="huber and smooth_l1 heed outliers less")
-    add("--huber_schedule", choices=["constant", "exponential", "snr"], default="snr", help="of their --huber_c")
-    add("--huber_c", type=number(float, 0, strict=True, high=1), default=0.1, help="where they turn linear")
+    add("--loss_weighting", choices=["debiased"], help="instead: debiased estimation (arXiv:2310.08442)")
+    add("--loss_type", choices=list(LOSS_TYPES), default="l2", help="huber (arXiv:2403.16728) is robust to outliers")
+    add("--huber_c", type=number(float, 0, strict=True, high=1), default=0.1, help="error at which huber turns linear")
     add("--noise_offset", type=NOT_NEGATIVE, default=0.0, help="learn brightness, too; 0.05 is usual")
-    add("--input_perturbation", type=NOT_NEGATIVE, default=0.0,
-        help="put in more noise than is to be found; 0.1 is usual")
     add("--min_timestep", type=INDEX, default=0, help="0 has the least noise")
     add("--max_timestep", type=INDEX, help="default: the last, usually 999: nothing but noise, or nearly")
-    add("--timestep_bias", choices=["uniform", "earlier", "later", "logit-normal"], default="uniform",
-        help="which timesteps come more often: earlier ones have little noise")
+    add("--timestep_bias", choices=["uniform", "logit-normal"], default="uniform",
+        help="logit-normal: timesteps in the middle come more often (arXiv:2403.03206)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate was configured with")
     add("--allow_tf32", action=YES_NO, default=False, help="faster float32 products on Ampere cards and later")
-    add("--base_precision", choices=["auto", "fp8", "int8", "nf4"], default="auto",
+    add("--base_precision", choices=["auto", "int8", "nf4"], default="auto",
         help="how the frozen UNet's linear layers are stored; auto: in the mixed precision")
-    add("--gradient_checkpointing", action=YES_NO, default=False,
-        help="compute twice instead of keeping: about half the memory")
-    add("--checkpoint_blocks", type=blocks, metavar="auto|all|N",
-        help="the same for the UNet's first N blocks only; auto: as few as fit in --vram_budget or the free memory")
-    add("--dry_run", action=YES_NO, default=False, help="look at the pictures, tell the plan and the memory, and stop")
-    add("--estimate_memory", action=YES_NO, default=False, help="tell what every phase will take, and stop")
-    add("--vram_budget", type=POSITIVE, metavar="GB",
-        help="choose base precision and checkpointing that fit your card")
+    add("--gradient_checkpointing", action=OptionalValue, value_type=COUNT, default=False, metavar="N",
+        help="compute activations again in the backward pass: about half the memory; N: in the UNet's first N blocks "
+             "only")
+    add("--dry_run", action=YES_NO, default=False, help="check everything, print the plan, and stop")
     add("--torch_compile", choices=["regional", "full"], help="default: as accelerate was configured")
     add("--cuda_graph", action=YES_NO, default=False,
         help="record the forward and backward pass of a micro-batch as a CUDA graph and replay it; unproven on GPUs")
@@ -582,20 +589,14 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--local_rank", type=int, default=-1, help="set by old launchers; accelerate knows the rank without it")
 
     add = parser.add_argument_group("looking at it").add_argument
-    add("--validation_prompt", action="append",
-        help="generated before, during and after training; may be given again; may end with options as below")
-    add("--validation_prompts", metavar="FILE",
-        help="more of them, one a line, as kohya's trainers read them: # comments, and after a prompt --n NEGATIVE "
-             "--w WIDTH --h HEIGHT --d SEED --s STEPS --l GUIDANCE")
-    add("--validation_negative_prompt", help="default: none")
+    add("--validation_prompt", action="append", metavar="PROMPT|FILE.txt",
+        help="generate pictures before, during and after training; may be given again. A file has a prompt a line and "
+             "# comments. Options after a prompt, as in kohya's files: --n NEGATIVE_PROMPT --w WIDTH --h HEIGHT --d "
+             f"SEED --s STEPS --l GUIDANCE_SCALE (default: --s {INFERENCE_STEPS} --l {GUIDANCE_SCALE:g}, the "
+             "resolution)")
     add("--num_validation_images", type=COUNT, default=4, help="of each prompt, with the same seeds every time")
-    add("--validation_num_inference_steps", type=number(int, 1, high=1000), default=25, help="of denoising")
-    add("--validation_guidance_scale", type=NOT_NEGATIVE, default=5.0, help="1 is none")
-    add("--validation_resolution", type=square_side, help="default: --resolution")
     add("--validation_epochs", type=COUNT, default=50, help="passes over the pictures between two validations")
     add("--validation_steps", type=COUNT, help="the same in optimizer steps; wins over --validation_epochs")
-    add("--monitor_steps", type=COUNT, metavar="N",
-        help="every N steps tell fit (loss on the subject) and drift (of --class_prompt), at the same noise each time")
     add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard",
         help="all: those that are installed and have a login")
     add("--logging_dir", default="logs", help="of the tracker, inside --output_dir unless absolute")
@@ -606,15 +607,12 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--output_kohya_format", action=YES_NO, default=False, help=f"also {KOHYA_FILE}, for ComfyUI, A1111, Forge")
     add("--lora_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the LoRA files; trained in fp32")
     add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between two checkpoints")
-    add("--checkpointing_minutes", type=POSITIVE, help="beside the steps, whichever comes first")
     add("--checkpoints_total_limit", type=COUNT, help="older ones are removed once the new one is safe")
     add("--resume_from_checkpoint", metavar="latest|NAME|DIR", help="go on as if the run had never stopped")
     add("--init_lora", metavar="FILE", help="start a new run from the weights of a LoRA file, of diffusers or web UIs")
     add("--push_to_hub", action=YES_NO, default=False, help="upload LoRA, card and pictures, nothing else")
     add("--hub_model_id", help="default: the name of --output_dir, in your namespace")
     add("--hub_private_repo", action=YES_NO, default=False, help="create the repository as a private one")
-    add("--card_data_samples", action=YES_NO, default=False,
-        help="show small copies of your pictures in the model card; they are pushed with it")
     add("--hub_token", help="others on this machine can see a command line: prefer `hf auth login` or HF_TOKEN")
     for action in parser._actions:
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
@@ -634,21 +632,25 @@ def config_as_words(parser: Parser, path: str, is_folder_given: bool = False) ->
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold lines of 'flag: value'.")
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    strangers = [f"--{key}" for key in values if key not in known]
-    if strangers:
-        parser.unknown(strangers, f"--config {path}")
+    values = {key: value for key, value in values.items()  # a dropped flag that changed nothing
+              if key in known or value not in DROPPED_FLAGS.get(key, ((),))[0]}
+    unknown = [f"--{key}" for key in values if key not in known]
+    if unknown:
+        parser.unknown(unknown, f"--config {path}")
     words = []
     for key, value in follow_moved_run(Path(path), values, is_folder_given).items():
         is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
         if isinstance(known[key], argparse._AppendAction) and isinstance(value, list):
             words += [f"--{key}={entry}" for entry in value]
             continue
+        is_value = getattr(known[key], "value_type", None) and type(value) is int
         value = "no" if value is False and "no" in (known[key].choices or ()) else value  # YAML reads no as false
-        if isinstance(value, (dict, list)) or (is_switch != isinstance(value, bool) and value is not None):
+        if isinstance(value, (dict, list)) or (
+                not is_value and is_switch != isinstance(value, bool) and value is not None):
             wanted = "true or false" if is_switch else "one value"
             raise UserError(f"--config {path}: {key} takes {wanted}, not {value!r}.")
         if value is not None:
-            words.append(f"--{'' if value else 'no-'}{key}" if is_switch else f"--{key}={value}")
+            words.append(f"--{key}={value}" if is_value or not is_switch else f"--{'' if value else 'no-'}{key}")
     return words
 
 
@@ -694,8 +696,11 @@ def follow_moved_run(config: Path, values: dict[str, Any], is_folder_given: bool
             "output_dir": str(now)}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check a command line. Raises UserError for whatever the arguments and the file system reveal."""
+def parse_args(argv: Sequence[str] | None = None, with_weights: bool = True) -> argparse.Namespace:
+    """Parse and check a command line. Raises UserError for whatever the arguments and the file system reveal.
+
+    with_weights: the base model's files of weights must be there, too.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
@@ -705,9 +710,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = config_as_words(parser, config, bool(known.output_dir)) if config else []
     if any(word.split("=")[0] == "--validation_prompt" for word in argv):  # it replaces the file's, adding nothing
         words = [word for word in words if not word.startswith("--validation_prompt=")]
-    args, strangers = parser.parse_known_args(words + argv)
-    if strangers:
-        parser.unknown(strangers, "the command line")
+    args, unknown = parser.parse_known_args(words + argv)
+    if unknown:
+        parser.unknown(unknown, "the command line")
     for flag in PATH_FLAGS:
         if getattr(args, flag) == "":
             raise UserError(f"--{flag} is empty: is a variable of the shell not set?")
@@ -719,24 +724,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--pretrained_model_name_or_path is missing: which SDXL is to learn?")
     if args.use_8bit_adam and args.optimizer == "adamw":  # from here on a synonym has one name
         args.optimizer = "adamw8bit"
-    if args.with_prior_preservation:
-        args.prior_preservation = args.prior_preservation or "pictures"
     quiet(args.log_level)
-    check_args(args)
+    check_args(args, with_weights)
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Fail at the door: conflicts of flags, missing packages, folders, pictures. Raises UserError."""
+def check_args(args: argparse.Namespace, with_weights: bool = True) -> None:
+    """Check flags, packages, models, folders and pictures before the heavy imports. Raises UserError."""
     broken = [name for name, value in vars(args).items() if re.search("[\ud800-\udfff]", str(value))]
     if broken:
         raise UserError(f"--{broken[0]} {getattr(args, broken[0])!a} holds bytes that are no UTF-8; rename what it "
                         "names.")
     if args.resolution % 8:
         raise UserError(f"--resolution {args.resolution} is not a multiple of 8; {args.resolution // 8 * 8 + 8} is.")
-    if (args.validation_resolution or 8) % 8:
-        raise UserError(f"--validation_resolution {args.validation_resolution} is not a multiple of 8.")
-    prompts_to_draw(args)
+    validation_prompts(args)
     if args.lora_dropout >= 1 or max(args.adam_beta1, args.adam_beta2) >= 1:
         raise UserError("--lora_dropout, --adam_beta1 and --adam_beta2 must be below 1.")
     check_prior_flags(args)
@@ -747,7 +748,7 @@ def check_args(args: argparse.Namespace) -> None:
     warn_of_idle_flags(args)
     check_precision(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")
     check_packages(args)
-    check_models(args)
+    check_models(args, with_weights)
     check_folders(args)
 
 
@@ -755,7 +756,7 @@ def check_precision(name: str) -> None:
     """Refuse what accelerate may be configured with and this script does not compute in. Raises UserError."""
     if name not in ("no", "fp16", "bf16"):
         raise UserError(f"accelerate is configured with mixed_precision {name}, in which this script does not train; "
-                        "add --mixed_precision bf16, fp16 or no (--base_precision fp8 keeps frozen weights in fp8).")
+                        "add --mixed_precision bf16, fp16 or no (--base_precision int8 stores weights in 8 bits).")
 
 
 def check_folders(args: argparse.Namespace) -> None:
@@ -779,7 +780,7 @@ def check_folders(args: argparse.Namespace) -> None:
     if args.instance_data_dir is not None:
         check_apart(args)
         check_subject(args)
-    if args.prior_preservation == "pictures" and Path(args.class_data_dir).exists():
+    if prior_kind(args) == "pictures" and Path(args.class_data_dir).exists():
         pictures = list_pictures("--class_data_dir", args.class_data_dir, args.recursive)
         if not pictures:
             check_not_in_subfolders("--class_data_dir", Path(args.class_data_dir))
@@ -844,26 +845,20 @@ def check_masks(args: argparse.Namespace, pictures: Sequence[Path]) -> None:
                        len(bare), len(pictures), ", ".join(bare[:5]))
 
 
-PRIOR_NEEDS = {"pictures": ("class_data_dir", "class_prompt"), "base_model": ("class_prompt",), "dco": (), None: ()}
+
+
+def prior_kind(args: argparse.Namespace) -> str | None:
+    """Return how the class is preserved: by "pictures", by the "base_model", or None."""
+    return ("pictures" if args.class_data_dir else "base_model") if args.with_prior_preservation else None
 
 
 def check_prior_flags(args: argparse.Namespace) -> None:
-    """Each kind of prior preservation needs its flags, and others mean nothing to it."""
-    kind = args.prior_preservation
-    if args.with_prior_preservation and kind != "pictures":
-        raise UserError(f"--with_prior_preservation means pictures, and --prior_preservation {kind} needs none; give "
-                        "one of them.")
-    if any(not getattr(args, flag) for flag in PRIOR_NEEDS[kind]):
-        named = "--with_prior_preservation" if args.with_prior_preservation else f"--prior_preservation {kind}"
-        raise UserError(f"{named} needs {' and '.join(f'--{flag}' for flag in PRIOR_NEEDS[kind])}"
-                        f"{'; the folder may be empty' if kind == 'pictures' else ''}.")
-    if args.monitor_steps and not args.class_prompt:
-        raise UserError("--monitor_steps needs --class_prompt, whose drift it tells.")
-    needed = (*PRIOR_NEEDS[kind], *("class_prompt",) * bool(args.monitor_steps))
-    idle = [flag for flag in PRIOR_NEEDS["pictures"] if getattr(args, flag) and flag not in needed]
-    if idle:
-        instead = f"with --prior_preservation {kind}" if kind else "without --with_prior_preservation"
-        logger.warning("warning: --%s does nothing %s.", idle[0], instead)
+    """Check the flags of prior preservation. Raises UserError."""
+    if args.with_prior_preservation and not args.class_prompt:
+        raise UserError("--with_prior_preservation needs --class_prompt, such as \"a photo of a dog\".")
+    idle = [flag for flag in ("class_data_dir", "class_prompt") if getattr(args, flag)]
+    if idle and not args.with_prior_preservation:
+        logger.warning("warning: --%s does nothing without --with_prior_preservation.", idle[0])
 
 
 def check_objective_flags(args: argparse.Namespace) -> None:
@@ -881,28 +876,13 @@ def check_objective_flags(args: argparse.Namespace) -> None:
 
 def check_adapter_flags(args: argparse.Namespace) -> None:
     """Flags of the adapters that contradict each other. Raises UserError."""
-    if args.lora_layers and args.lora_preset != "attention":
-        raise UserError("--lora_layers and --lora_preset both say which layers are adapted; give one of them.")
-    if args.lora_unet_blocks and LORA_PRESETS[args.lora_preset][0]:
-        raise UserError(f"--lora_unet_blocks and --lora_preset {args.lora_preset} both say which blocks are adapted; "
-                        "give one of them.")
     if args.use_dora and args.base_precision != "auto":
         raise UserError(f"--use_dora needs the weights unpacked, --base_precision {args.base_precision} packs them; "
                         "leave one out.")
-    if args.use_dora and args.lora_init in TWINS:
-        raise UserError(f"--use_dora and --lora_init {args.lora_init} cannot be combined; leave one out.")
-    if args.lora_preset == "full" and args.lora_init in (*TWINS, "orthogonal"):
-        raise UserError(f"--lora_init {args.lora_init} is for linear layers, --lora_preset full has convolutions; "
-                        "use another of one.")
-    ranks = {args.rank, *(rule.rank for rule in rules_of(args) if rule.rank is not None)}
-    if args.init_lora and args.lora_init != "gaussian":
-        raise UserError(f"--init_lora and --lora_init {args.lora_init} both say what the adapters begin as; give one.")
     if args.init_lora and args.train_text_encoder_ti:
         raise UserError("--init_lora reads no new tokens, so --train_text_encoder_ti would begin them anew; leave one "
                         "out.")
-    if args.lora_init == "orthogonal" and any(rank % 2 for rank in ranks):
-        raise UserError(f"--lora_init orthogonal needs an even --rank, not {max(ranks)}.")
-    if 0 in ranks:
+    if any(rule.rank == 0 for rule in rules_of(args)):
         raise UserError("--lora_unet_blocks: a rank must be at least 1.")
 
 
@@ -931,6 +911,11 @@ def check_optimizer_flags(args: argparse.Namespace) -> None:
     if args.learning_rate < 0.1:
         logger.warning("warning: --optimizer prodigy finds the rate by itself, as a multiple of --learning_rate: use "
                        "--learning_rate 1, not %g.", args.learning_rate)
+
+
+def text_share(args: argparse.Namespace) -> float:
+    """Return the share of the steps in which text encoders or new tokens are trained."""
+    return args.train_text_encoder_frac or (0.5 if args.train_text_encoder_ti else 1.0)
 
 
 def trains_text(args: argparse.Namespace) -> bool:
@@ -962,22 +947,19 @@ def with_tokens(args: argparse.Namespace, prompt: str) -> str:
 
 def check_text_flags(args: argparse.Namespace) -> None:
     """Flags of the text encoders that contradict each other. Raises UserError."""
-    share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
+    share = text_share(args)
     if args.train_text_encoder and args.train_text_encoder_ti:
         raise UserError("--train_text_encoder and --train_text_encoder_ti exclude each other: it is LoRA on the "
                         "encoders, or new tokens.")
     if trains_text(args) and share < 1 and args.optimizer == "schedule_free":
-        flag = f"--train_text_encoder{'_ti' * args.train_text_encoder_ti}_frac"
-        raise UserError(f"{flag} {share:g} stops a part of the training, which --optimizer schedule_free cannot do; "
-                        f"use {flag} 1, or another optimizer.")
+        raise UserError(f"--train_text_encoder_frac {share:g} stops a part of the training, which --optimizer "
+                        "schedule_free cannot do; use --train_text_encoder_frac 1, or another optimizer.")
     if args.train_text_encoder_ti and args.optimizer == "prodigy" and args.token_lr not in (
             1e-3, args.learning_rate):
         raise UserError("--optimizer prodigy finds one rate for all, and --token_lr sets another; leave one out.")
-    if args.train_text_encoder and share < 1 and (
-            args.prior_preservation in ("base_model", "dco") or args.monitor_steps):
-        flag = "--monitor_steps" if args.monitor_steps else f"--prior_preservation {args.prior_preservation}"
-        raise UserError(f"{flag} compares with the base model, whose text encoders are gone after "
-                        f"--train_text_encoder_frac {share:g} of the steps; leave one out.")
+    if args.train_text_encoder and share < 1 and prior_kind(args) == "base_model":
+        raise UserError("--with_prior_preservation without --class_data_dir compares with the base model, whose text "
+                        f"encoders are gone after --train_text_encoder_frac {share:g} of the steps; leave one out.")
     if "" in new_tokens(args):
         raise UserError("--token_abstraction has an empty word.")
     if args.class_prompt and with_tokens(args, args.class_prompt) != args.class_prompt:
@@ -987,21 +969,18 @@ def check_text_flags(args: argparse.Namespace) -> None:
 
 ADAMS = ("adamw", "adamw8bit", "prodigy", "schedule_free")
 IDLE_WITHOUT = {  # flags that do nothing where the one of their row is not given
-    "train_text_encoder": ("train_text_encoder_frac", "text_encoder_lr", "adam_weight_decay_text_encoder"),
-    "train_text_encoder_ti": ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction",
-                              "initializer_concept", "token_lr"),
+    "train_text_encoder": ("text_encoder_lr", "adam_weight_decay_text_encoder"),
+    "train_text_encoder_ti": ("token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
+                              "token_lr"),
+    "class_data_dir": ("num_class_images", "sample_batch_size", "prior_generation_precision"),
     "use_ema": ("ema_half_life",), "masked_loss": ("mask_dir", "background_loss_weight"),
-    "aspect_ratio_buckets": ("max_upscale",), "push_to_hub": ("hub_private_repo",)}
+    "push_to_hub": ("hub_private_repo",)}
 IDLE_UNLESS = {  # the same, where the one of their row is not one of these
-    ("loss_type", ("huber", "smooth_l1")): ("huber_schedule", "huber_c"),
-    ("prior_preservation", ("dco",)): ("dco_beta",),
-    ("prior_preservation", ("pictures",)): ("num_class_images", "sample_batch_size", "prior_generation_precision"),
-    ("on_nan", ("skip",)): ("max_skipped_steps",),
+    ("loss_type", ("huber",)): ("huber_c",),
     ("lr_scheduler", ("cosine_with_restarts",)): ("lr_num_cycles",), ("lr_scheduler", ("polynomial",)): ("lr_power",),
-    ("optimizer", (*ADAMS, "lion8bit")): ("adam_beta1", "adam_beta2"), ("optimizer", ADAMS): ("adam_epsilon",),
+    ("optimizer", ADAMS): ("adam_beta1", "adam_beta2", "adam_epsilon"),
     ("optimizer", ("prodigy",)): ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
-                                  "prodigy_safeguard_warmup"),
-    ("lora_init", ("gaussian", "kaiming", "orthogonal")): ("adam_weight_decay", "adam_weight_decay_text_encoder")}
+                                  "prodigy_safeguard_warmup")}
 
 
 def warn_of_idle_flags(args: argparse.Namespace) -> None:
@@ -1015,8 +994,8 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
         for flag in flags if getattr(args, decides) not in values else ():
             if getattr(args, flag) != parser.get_default(flag):
                 logger.warning("warning: --%s does nothing unless --%s is %s.", flag, decides, " or ".join(values))
-    if args.prior_preservation == "dco" and args.prior_loss_weight != 1:
-        logger.warning("warning: --prior_loss_weight does nothing with --prior_preservation dco; --dco_beta does.")
+    if args.train_text_encoder_frac and not trains_text(args):
+        logger.warning("warning: --train_text_encoder_frac does nothing without --train_text_encoder.")
     if args.scale_lr and args.optimizer == "prodigy":
         logger.warning("warning: --scale_lr does nothing with --optimizer prodigy, which finds the rate by itself.")
 
@@ -1071,7 +1050,7 @@ def is_set_up(tracker: str) -> bool:
 
 def is_tracked(args: argparse.Namespace) -> bool:
     """Return True where trackers are started: on the first rank of a run that trains."""
-    return is_first_rank() and not args.dry_run and not args.estimate_memory
+    return is_first_rank() and not args.dry_run
 
 
 def chosen_trackers(args: argparse.Namespace) -> list[str]:
@@ -1089,20 +1068,23 @@ def chosen_trackers(args: argparse.Namespace) -> list[str]:
     return chosen
 
 
-def check_models(args: argparse.Namespace) -> None:
-    """Base model and VAE, where they are paths, are whole and SDXL's. Raises UserError."""
+def check_models(args: argparse.Namespace, with_weights: bool = True) -> None:
+    """Check base model and VAE, where they are paths: whole, and SDXL's. Raises UserError.
+
+    with_weights: the files of weights must be there, too.
+    """
     flag, vae = VAE_FLAG, args.pretrained_vae_model_name_or_path
-    parts = () if args.estimate_memory else ("unet", *TEXT_ENCODERS) if vae else ("unet", *TEXT_ENCODERS, "vae")
-    check_base(args.pretrained_model_name_or_path, parts, args.variant, args.allow_pickle)
+    parts = ("unet", *TEXT_ENCODERS, *["vae"] * (not vae)) if with_weights else ()
+    check_base(args.pretrained_model_name_or_path, parts, args.variant)
     if vae and not Path(vae).exists() and (vae.startswith((".", "/", "~")) or vae.count("/") != 1):
         raise UserError(f"{flag} {vae}: no such folder or file, and no Hub id (owner/name).")
     if vae and Path(vae).is_file():
         check_single_file(flag, Path(vae), VAE_KEYS)
-    elif vae and Path(vae).is_dir() and not args.estimate_memory:
-        check_part(flag, Path(vae), None, args.allow_pickle)
+    elif vae and Path(vae).is_dir() and with_weights:
+        check_part(flag, Path(vae), None)
 
 
-def check_base(name: str, parts: Iterable[str], variant: str | None, allow_pickle: bool) -> None:
+def check_base(name: str, parts: Iterable[str], variant: str | None) -> None:
     """A base model that is a path must be a diffusers folder of SDXL with these parts, or a file of it all."""
     path = Path(name)
     if path.is_file():
@@ -1118,28 +1100,25 @@ def check_base(name: str, parts: Iterable[str], variant: str | None, allow_pickl
                             "model_index.json.") from error
         check_is_sdxl(name, index)
         for part in parts:
-            check_part("--pretrained_model_name_or_path", path / part, variant, allow_pickle)
+            check_part("--pretrained_model_name_or_path", path / part, variant)
 
 
-def check_part(flag: str, folder: Path, variant: str | None, allow_pickle: bool) -> None:
-    """A part's folder has its configuration and weights of the variant, all whole, and none that run code when they
-    are loaded. Raises UserError.
-    """
+def check_part(flag: str, folder: Path, variant: str | None) -> None:
+    """Check that a part's folder has its configuration and weights of the variant, all whole. Raises UserError."""
     if not (folder / "config.json").is_file():
         inner = folder / "vae" if flag == VAE_FLAG else folder
         hint = f"name {inner}" if (inner / "config.json").is_file() else "fetch it again"
         raise UserError(f"{flag}: {folder} has no config.json; {hint}.")
     check_kind(flag, folder, "vae" if flag == VAE_FLAG else folder.name)
-    files, pickles = sorted(folder.glob("*.safetensors")), [*folder.glob("*.bin"), *folder.glob("*.ckpt")]
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
     whole = [path for path in files if path.stem.partition(".")[2].partition("-")[0] == (variant or "")]
-    if not whole and not (pickles and allow_pickle):
-        told = "only pickles, which can run code: convert them, or insist with --allow_pickle" if pickles else "none"
-        told = f"only {files[0].name}; is it another --variant?" if files else told
+    if not whole:
+        told = f"only {files[0].name}; is it another --variant?" if files else "none"
         raise UserError(f"{flag}: there should be *.{f'{variant}.' if variant else ''}safetensors in {folder}, but "
                         f"there are {told}.")
     for path in whole:
-        if not safetensors_header(path):
+        if path.suffix == ".safetensors" and not safetensors_header(path):
             raise UserError(f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
 
 
@@ -1459,7 +1438,7 @@ def embedded_profile(picture: Image.Image) -> tuple[Any, str] | None:
 
 
 def has_unused_profile(path: Path) -> bool:
-    """Whether a picture has a colour profile that to_srgb passes over."""
+    """Return True if a picture has a colour profile that cannot be applied."""
     with Image.open(path) as image:
         return bool(image.info.get("icc_profile")) and embedded_profile(image) is None
 
@@ -1571,7 +1550,7 @@ def check_pictures(flag: str, pictures: Sequence[Path], read: Callable[[Path], A
         if not path.is_file():  # to open a pipe would wait for ever
             return f"{path.name!r} (a link to nowhere, or no file)"
         try:
-            (read or KNOWN_PICTURES.of)(path)
+            (read or KNOWN_PICTURES.key)(path)
         except Exception as error:  # Pillow's decoders raise whatever they like
             return f"{path.name!r} ({' '.join(str(error).split())})"
         return None
@@ -1811,7 +1790,10 @@ def unused_files(args: argparse.Namespace) -> list[str]:
     inner = [name for name in subfolders_with_pictures(folder)
              if not any((folder / name).resolve().is_relative_to(path) for path in own)]
     others, numbered = passed_over(folder, args.recursive), kohya_repeats(inner)
+    profiles = [path.name for path in pictures if has_unused_profile(path)]
     sentences = {
+        f"{some(profiles)}: the colour profile is broken or for another kind of picture; colours are read as sRGB.":
+            profiles,
         f"{some(sorted(path.name for path in masks))}: left out, as masks by their names; --masked_loss uses them.":
             masks and (args.mask_dir or not args.masked_loss),
         f"{some(captions)}: captions of no picture; a caption has the name of its picture.": captions,
@@ -1823,55 +1805,42 @@ def unused_files(args: argparse.Namespace) -> list[str]:
     return [sentence for sentence, applies in sentences.items() if applies]
 
 
-class PictureFacts(NamedTuple):
-    """What a run needs to know of a picture besides its size, for which it has to be decoded once."""
-
-    key: str  # a hash of its pixels
-    bits: int  # 64, of which alike pictures share nearly all: is each pixel of 9 x 8 brighter than the next?
-    sharpness: float  # how much neighbouring pixels differ, in grey levels at 256 pixels
-
-
 class KnownPictures:
-    """The facts of pictures whose file has not changed since they were decoded, by any run with the same cache."""
+    """Hashes of the pixels of pictures whose file has not changed since they were decoded with the same cache."""
 
     file, kept_bytes = "pictures.json", 2**29
 
     def __init__(self) -> None:
-        self.facts: dict[str, PictureFacts] = {}
+        self.keys: dict[str, str] = {}
         self.decoded: dict[str, Image.Image] = {}  # those decoded last, until they are encoded
 
-    def of(self, path: Path) -> PictureFacts:
-        """Return the facts of a picture, which is decoded unless they are known. Raises what load_picture raises."""
+    def key(self, path: Path) -> str:
+        """Return a hash of a picture's pixels; decode it unless it is known. Raises what load_picture raises."""
         stamp = file_stamp(path)
-        if stamp not in self.facts:
+        if stamp not in self.keys:
             picture = load_picture(path)
             if sum(kept.width * kept.height * 3 for kept in list(self.decoded.values())) < self.kept_bytes:
                 self.decoded[stamp] = picture
-            self.facts[stamp] = picture_facts(picture)
-        return self.facts[stamp]
+            self.keys[stamp] = content_key(picture.size, picture.tobytes())
+        return self.keys[stamp]
 
     def take(self, path: Path) -> Image.Image:
         """Return the picture, and keep it no longer."""
         return self.decoded.pop(file_stamp(path), None) or load_picture(path)
 
     def read(self, folder: Path) -> None:
-        """Learn what was written into a cache, if another version of this script or of Pillow did not write it."""
+        """Read the hashes in a cache, unless another version of Pillow decoded the pictures."""
         self.decoded.clear()
         with suppress(OSError, ValueError, TypeError, AttributeError):
             entries = json.loads((folder / self.file).read_text(encoding="utf-8"))
-            if entries.pop("made by", None) == self.made_by():
-                self.facts |= {stamp: PictureFacts(*facts) for stamp, facts in entries.items()}
+            if entries.pop("decoded by", None) == f"Pillow {PIL_VERSION}":
+                self.keys |= {stamp: str(key) for stamp, key in entries.items()}
 
     def write(self, folder: Path) -> None:
-        """Write all that is known into a cache."""
+        """Write all hashes into a cache."""
         self.decoded.clear()
-        with best_effort("facts of the pictures"), written_beside(folder / self.file, shared=True) as unfinished:
-            unfinished.write_text(json.dumps({"made by": self.made_by(), **self.facts}), encoding="utf-8")
-
-    @staticmethod
-    def made_by() -> str:
-        """Return what the facts depend on besides the picture."""
-        return f"1, Pillow {PIL_VERSION}"
+        with best_effort("hashes of the pictures"), written_beside(folder / self.file, shared=True) as unfinished:
+            unfinished.write_text(json.dumps({"decoded by": f"Pillow {PIL_VERSION}", **self.keys}), encoding="utf-8")
 
 
 KNOWN_PICTURES = KnownPictures()
@@ -1881,36 +1850,6 @@ def file_stamp(path: Path) -> str:
     """Return what changes when a file does: its place, size and time."""
     found = path.stat()
     return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
-
-
-def picture_facts(picture: Image.Image) -> PictureFacts:
-    """Compute the facts of a picture in RGB."""
-    grey = picture.convert("L")
-    small = grey.resize((9, 8), Image.Resampling.BOX).tobytes()
-    bits = sum((small[i] > small[i + 1]) << n for n, i in enumerate(i for i in range(72) if i % 9 < 8))
-    edges = grey.resize((256, 256)).filter(ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), 1, 128))
-    return PictureFacts(content_key(picture.size, picture.tobytes()), bits, ImageStat.Stat(edges).stddev[0])
-
-
-def examine(args: argparse.Namespace, samples: Sequence[Sample], buckets: Sequence[Bucket]) -> list[str]:
-    """What is odd about the subject's pictures, one sentence each, with a cure."""
-    pictures = dict(list(zip((sample.path for sample in samples), buckets, strict=True))[:300])  # pairs are compared
-    marks, told = {path: KNOWN_PICTURES.of(path) for path in pictures}, []
-    for path, (width, height) in pictures.items():
-        growth = max(width / picture_size(path)[0], height / picture_size(path)[1])
-        if growth > 1.5:
-            told.append(f"{path.name} is small and was enlarged {growth:.1f} times; a larger one would look sharper.")
-        elif marks[path].sharpness < 1.5:
-            told.append(f"{path.name} looks blurry; the subject will come out so.")
-    alike = [f"{one.name} and {other.name}" for one, other in itertools.combinations(pictures, 2)
-             if (marks[one].bits ^ marks[other].bits).bit_count() <= 3]
-    if alike:
-        told.append(f"{', '.join(alike[:5])} look alike; different poses and places teach more.")
-    odd = [path.name for path in pictures if has_unused_profile(path)]
-    if odd:
-        told.append(f"{some(odd)}: the colour profile is broken or for another kind of picture; the colours are read "
-                    "as sRGB.")
-    return told + unused_files(args)
 
 
 def instance_samples(args: argparse.Namespace) -> list[Sample]:
@@ -1952,11 +1891,11 @@ PROMPT_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of kohya's pr
 
 
 def parse_prompt(args: argparse.Namespace, line: str, where: str) -> ValidationPrompt:
-    """A line of --validation_prompts or a --validation_prompt: a prompt and its options. Raises UserError."""
+    """Parse a prompt with its options. Raises UserError naming where it stands."""
     text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     if options and not text.strip():
         raise UserError(f"{where}: there is no prompt before --{options[0]}.")
-    side, settings = args.validation_resolution or args.resolution, {}
+    settings = {}
     for option in options:
         letter, value = (*re.split(r"[\s=]+", option, maxsplit=1), "")[:2]
         letter = letter.lower()
@@ -1970,26 +1909,27 @@ def parse_prompt(args: argparse.Namespace, line: str, where: str) -> ValidationP
                 raise argparse.ArgumentTypeError(f"'{value.strip()}' is not a multiple of 8")
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{where}: --{letter}: {error}.") from None
-    usual = ValidationPrompt(text.strip(), args.validation_negative_prompt or "", side, side, None,
-                             args.validation_num_inference_steps, args.validation_guidance_scale)
+    usual = ValidationPrompt(text.strip(), "", args.resolution, args.resolution, None, INFERENCE_STEPS, GUIDANCE_SCALE)
     return usual._replace(**settings)
 
 
-def prompts_to_draw(args: argparse.Namespace) -> list[ValidationPrompt]:
-    """The validation prompts, of the command line and the file. Raises UserError."""
-    prompts = [parse_prompt(args, prompt, f'--validation_prompt "{prompt}"')
-               for prompt in args.validation_prompt or ()]
-    if args.validation_prompts:
-        path = Path(args.validation_prompts)
+def validation_prompts(args: argparse.Namespace) -> list[ValidationPrompt]:
+    """Return the prompts of --validation_prompt, those of its files included. Raises UserError."""
+    prompts = []
+    for entry in args.validation_prompt or ():
+        path = Path(expand_path("validation_prompt", entry)) if entry.endswith(".txt") else Path(entry)
+        if not entry.endswith(".txt") and not (path.suffix and os.path.isfile(path)):
+            prompts.append(parse_prompt(args, entry, f'--validation_prompt "{entry}"'))
+            continue
         if not path.is_file():
-            raise UserError(f"--validation_prompts {path}: no such file.")
-        if path.suffix.lower() in (".json", ".toml", ".yaml", ".yml"):
-            raise UserError(f"--validation_prompts {path}: only text files with one prompt a line can be read.")
+            raise UserError(f"--validation_prompt {path}: no such file.")
+        if path.suffix != ".txt":
+            raise UserError(f"--validation_prompt {path}: only .txt files with one prompt a line can be read.")
         lines = enumerate(re.split("\r?\n", read_text(path)), 1)
-        of_file = [parse_prompt(args, line.strip(), f"--validation_prompts {path}: line {line_number}")
+        of_file = [parse_prompt(args, line.strip(), f"--validation_prompt {path}: line {line_number}")
                    for line_number, line in lines if line.strip() and not line.strip().startswith("#")]
         if not of_file:
-            raise UserError(f"--validation_prompts {path} holds no prompt.")
+            raise UserError(f"--validation_prompt {path} holds no prompt.")
         prompts += of_file
     return list(dict.fromkeys(prompts))
 
@@ -1999,7 +1939,7 @@ def class_samples(args: argparse.Namespace, subject: Sequence[Sample]) -> list[S
     pictures = {
         "pictures": lambda: list_pictures("--class_data_dir", args.class_data_dir, args.recursive),
         "base_model": lambda: dict.fromkeys(sample.path for sample in subject),
-    }.get(args.prior_preservation, list)
+    }.get(prior_kind(args), list)
     return [Sample(path, args.class_prompt, is_class=True) for path in pictures()]
 
 
@@ -2214,7 +2154,6 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipelin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_session
 from huggingface_hub.constants import HF_HOME
@@ -2222,10 +2161,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -2245,7 +2182,6 @@ class Source(NamedTuple):
     variant: str | None = None
     cache_dir: str | None = None
     is_pipeline: bool = True
-    allow_pickle: bool = False
 
     def keywords(self, part: str) -> dict[str, Any]:
         """What every loader of a part needs beside the name."""
@@ -2356,20 +2292,20 @@ def find_sources(args: argparse.Namespace) -> tuple[Source, Source]:
     base, other = Path(args.pretrained_model_name_or_path), args.pretrained_vae_model_name_or_path
     folder = Path(args.cache_dir or HF_HOME, "train_dreambooth_lora_sdxl")
     name = args.pretrained_model_name_or_path
-    if base.is_file() and (args.estimate_memory or args.dry_run):
+    if base.is_file() and args.dry_run:
         name = args.single_file_config or SDXL_CONFIG
     elif base.is_file():
         name = str(unpack(base, folder, args.single_file_config, args.cache_dir))
     version = (None, None) if base.is_file() else (args.revision, args.variant)
-    source = Source(name, *version, args.cache_dir, allow_pickle=args.allow_pickle)
+    source = Source(name, *version, args.cache_dir)
     if not other:
         return source, source
-    if Path(other).is_file() and (args.estimate_memory or args.dry_run):
+    if Path(other).is_file() and args.dry_run:
         return source, source
     if Path(other).is_file():
         other = str(unpack(Path(other), folder, args.single_file_config or name, args.cache_dir))
     # the base model's revision and variant do not apply to another VAE
-    return source, Source(other, None, None, args.cache_dir, False, args.allow_pickle)
+    return source, Source(other, None, None, args.cache_dir, False)
 
 
 @contextmanager
@@ -2378,8 +2314,8 @@ def reading(source: Source, part: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
-        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, without "
-                        f"safetensors, or not in the cache while offline? ({first_line(error)})") from error
+        raise UserError(f"the {part} of {source.name} cannot be loaded; is the name mistyped, private, or not in "
+                        f"the cache while offline? ({first_line(error)})") from error
 
 
 def load_part(source: Source, part: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
@@ -2388,8 +2324,7 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
     """
     keywords = source.keywords(part)
     if dtype is not None:
-        keywords |= {"variant": source.variant, "dtype" if part in TEXT_ENCODERS else DIFFUSERS_DTYPE: dtype,
-                     "use_safetensors": None if source.allow_pickle else True}
+        keywords |= {"variant": source.variant, "dtype" if part in TEXT_ENCODERS else DIFFUSERS_DTYPE: dtype}
     with reading(source, part):
         if part in TOKENIZERS:
             tokenizer = PART_CLASSES[part].from_pretrained(source.name, **keywords)
@@ -2400,7 +2335,7 @@ def load_part(source: Source, part: str, dtype: torch.dtype | None = None, devic
         if info["missing_keys"]:  # transformers 4 reads no first text encoder that transformers 5 saved, and goes on
             raise ValueError(f"{len(info['missing_keys'])} of its weights are missing, {min(info['missing_keys'])} "
                              "first; was it saved by a newer version of transformers or diffusers?")
-    return (make_lean(loaded) if part == "vae" else loaded).requires_grad_(False).eval().to(device)
+    return loaded.requires_grad_(False).eval().to(device)
 
 
 def vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
@@ -2408,68 +2343,6 @@ def vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
 
 
-WHOLE, STRIP = 2**18, 2**15  # places of a picture: above the first a VAE's layer works on strips of the second
-
-
-def in_strips(conv: nn.Conv2d, x: Tensor, prepare: Callable[[Tensor], Tensor], scale: int = 1) -> Tensor:
-    """The 3x3 convolution of prepare(x), a few rows at a time; prepare makes pictures `scale` times as large."""
-    height, width = x.shape[-2:]
-    rows, cut = max(1, STRIP // width), scale - 1  # one row on each side is needed, and prepare makes `scale` of it
-    result = x.new_empty(len(x), conv.out_channels, scale * height, scale * width)
-    for top in range(0, height, rows):
-        bottom = min(height, top + rows)
-        is_first, is_last = top == 0, bottom == height
-        strip = prepare(x[:, :, max(0, top - 1):bottom + 1])
-        strip = strip[:, :, 0 if is_first else cut:None if is_last else strip.shape[2] - cut]
-        if is_first or is_last:
-            strip = nn.functional.pad(strip, (0, 0, int(is_first), int(is_last)))
-        result[:, :, scale * top:scale * bottom] = nn.functional.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
-    return result
-
-
-class LeanResnet(ResnetBlock2D):
-    """A VAE's residual block that takes half the memory for a large picture: only its ends are whole, and the norm's
-    mean and variance. Tiles need as little, but each has a norm of its own, which shows.
-    """
-
-    def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
-        """Maps (B, in, h, w) to (B, out, h, w); without gradients."""
-        if input_tensor.shape[-2:].numel() <= WHOLE:
-            return super().forward(input_tensor, temb)
-        hidden = in_strips(self.conv1, input_tensor, self.normed(self.norm1, input_tensor))
-        hidden = in_strips(self.conv2, hidden, self.normed(self.norm2, hidden))
-        hidden += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        input_tensor.data = hidden.new_empty(0)  # whoever called still holds it, for nothing
-        return hidden.div_(self.output_scale_factor)
-
-    def normed(self, norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function of some rows of x, which applies the group norm of all of x and the nonlinearity."""
-        batch, channels, *places = x.shape
-        rstd = torch.native_group_norm(x, norm.weight, norm.bias, batch, channels, math.prod(places), norm.num_groups,
-                                       norm.eps)[2]
-        mean = x.reshape(batch, norm.num_groups, -1).mean(2, dtype=torch.float32)  # in half it would be off
-        each = channels // norm.num_groups
-        mean, rstd = (row.repeat_interleave(each, 1)[:, :, None, None] for row in (mean, rstd.float()))
-        scale, shift = rstd * norm.weight[:, None, None], norm.bias[:, None, None].float()
-        return lambda rows: self.nonlinearity(torch.addcmul(shift, rows.float() - mean, scale).to(x.dtype))
-
-
-class LeanUpsample(Upsample2D):
-    """A VAE's upsampling of a large picture that never holds it unconvolved."""
-
-    def forward(self, hidden_states: Tensor, *rest: Any, **more: Any) -> Tensor:
-        """Maps (B, c, h, w) to (B, out, 2 h, 2 w)."""
-        if 4 * hidden_states.shape[-2:].numel() <= WHOLE or not self.use_conv or self.use_conv_transpose:
-            return super().forward(hidden_states, *rest, **more)
-        return in_strips(self.conv, hidden_states, functools.partial(nn.functional.interpolate, scale_factor=2.0), 2)
-
-
-def make_lean(vae: AutoencoderKL) -> AutoencoderKL:
-    """Let the VAE's layers take less memory for the same answer."""
-    for module in vae.modules():
-        lean = {ResnetBlock2D: LeanResnet, Upsample2D: LeanUpsample}.get(type(module))
-        module.__class__ = lean or module.__class__
-    return vae
 
 
 def load_vae(source: Source, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
@@ -2742,8 +2615,8 @@ class TrainableSDXL(nn.Module):
 
 
 def checkpointed(args: argparse.Namespace) -> int:
-    """How many blocks are checkpointed."""
-    return args.checkpoint_blocks if args.checkpoint_blocks is not None else ALL_BLOCKS * args.gradient_checkpointing
+    """Return how many of the UNet's blocks are checkpointed."""
+    return ALL_BLOCKS if args.gradient_checkpointing is True else int(args.gradient_checkpointing)
 
 
 class RecompileLimit(logging.Filter):
@@ -2808,7 +2681,7 @@ class PackedProduct(torch.autograd.Function):
 class PackedLinear(nn.Module):
     """A frozen linear layer whose weight is kept in 8 or 4 bits, and computed with in the dtype of its input.
 
-    fp8 (e4m3) and int8 have a scale an output row; nf4 is that of QLoRA (arXiv:2305.14314), its scales in 8 bits.
+    int8 has a scale an output row; nf4 is that of QLoRA (arXiv:2305.14314), its scales in 8 bits.
     """
 
     def __init__(self, linear: nn.Linear, precision: str, device: torch.device) -> None:
@@ -2823,10 +2696,9 @@ class PackedLinear(nn.Module):
             codes, self.state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
             scale = None
         else:
-            largest, storage = (448, torch.float8_e4m3fn) if precision == "fp8" else (127, torch.int8)
             exact = weight.float()  # in bfloat16 a quotient of 127 rounds up to 128, which int8 takes for -128
-            scale = exact.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / largest
-            codes = ((exact / scale).round() if precision == "int8" else exact / scale).to(storage)
+            scale = exact.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+            codes = (exact / scale).round().to(torch.int8)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
@@ -2879,25 +2751,21 @@ def checkpoint_blocks(unet: UNet2DConditionModel, count: int, dropout: float) ->
 
 def unet_targets(args: argparse.Namespace) -> str:
     """A pattern of the UNet's modules that get adapters."""
-    layers = args.lora_layers.split(",") if args.lora_layers else LORA_PRESETS[args.lora_preset][1]
+    layers = LORA_LAYERS.get(args.lora_layers) or args.lora_layers.split(",")
     within = "|".join(re.escape(rule.block) for rule in rules_of(args))
     return (rf"(?:{within})\." if within else "") + rf".*(?:{'|'.join(layer.strip() for layer in layers)})"
 
 
 def adapter_config(args: argparse.Namespace, targets: str, rules: Sequence[BlockRule] = (),
                    dora: bool = False) -> peft.LoraConfig:
-    """The adapters of one part; with a twin the rank is doubled, and the scale stays."""
-    alpha, fold = args.lora_alpha or args.rank, 2 if args.lora_init in TWINS else 1
-    own = {rf"{re.escape(rule.block)}\..*": rule.rank * fold for rule in rules if rule.rank}
-    if args.use_rslora and fold == 2:
-        alpha = alpha / math.sqrt(2)  # the scale of the rank that was asked for
+    """Return peft's configuration of one part; blocks with a rank of their own keep the scale of all others."""
+    alpha = args.lora_alpha or args.rank
+    ranks = {rf"{re.escape(rule.block)}\..*": rule.rank for rule in rules if rule.rank}
     return peft.LoraConfig(
-        r=args.rank * fold, lora_alpha=alpha * fold, target_modules=targets, lora_dropout=args.lora_dropout,
-        rank_pattern=own, alpha_pattern={
-            block: alpha * fold * (rank / fold / args.rank) ** (0.5 if args.use_rslora else 1)
-            for block, rank in own.items()},  # the scale of all others
-        init_lora_weights={"kaiming": True, "orthogonal": "orthogonal"}.get(args.lora_init, "gaussian"),
-        use_rslora=args.use_rslora, use_dora=dora)
+        r=args.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=args.lora_dropout, rank_pattern=ranks,
+        alpha_pattern={block: alpha * (rank / args.rank) ** (0.5 if args.use_rslora else 1)
+                       for block, rank in ranks.items()},
+        init_lora_weights="gaussian", use_rslora=args.use_rslora, use_dora=dora)
 
 
 def add_adapters(args: argparse.Namespace, part: nn.Module) -> None:
@@ -2905,12 +2773,6 @@ def add_adapters(args: argparse.Namespace, part: nn.Module) -> None:
     is_unet = isinstance(part, UNet2DConditionModel)
     targets = unet_targets(args) if is_unet else text_encoder_targets(part, args.clip_skip)
     rules, dora = (rules_of(args), args.use_dora) if is_unet else ((), False)
-    if args.lora_init in (*TWINS, "orthogonal"):
-        odd = [name for name, module in part.named_modules()
-               if re.fullmatch(targets, name) and not isinstance(module, nn.Linear)]
-        if odd:
-            raise UserError(f"--lora_init {args.lora_init} is for linear layers, and --lora_layers names {odd[0]}, "
-                            "which is none; use another of one.")
     try:
         peft.inject_adapter_in_model(adapter_config(args, targets, rules, dora), part)
     except ValueError as error:
@@ -2923,33 +2785,9 @@ def add_adapters(args: argparse.Namespace, part: nn.Module) -> None:
     for parameter in part.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in half precision most updates would round to nothing
-    for layer in adapted.values() if args.lora_init in TWINS else ():
-        begin_as_weights(layer, args.lora_init)
     for layer in adapted.values() if dora else ():  # peft's norm is rounded to the base's dtype
         magnitude = layer.lora_magnitude_vector["default"].weight
         magnitude.data = layer.base_layer.weight.detach().float().flatten(1).norm(dim=1).view_as(magnitude)
-
-
-def begin_as_weights(layer: nn.Module, kind: str) -> None:
-    """Let the first half of A and B be peft's PiSSA or OLoRA of the weight, the second their frozen negative.
-
-    peft takes that part out of the weight instead, which would change the base model for whoever loads the file, and
-    round it; here base and file stay true, at twice the rank.
-    """
-    a, b, base = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer
-    rank = len(a) // 2
-    copy = nn.Linear(base.in_features, base.out_features, bias=False, device=a.device)
-    copy.weight.data = base.weight.detach().float().clone()  # peft takes away in place
-    if a.device.type == "meta":
-        return
-    kind = "pissa_niter_4" if kind == "pissa" else kind  # a whole decomposition takes a second a layer
-    scale = layer.scaling["default"]
-    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, init_lora_weights=kind, target_modules=["copy"])
-    drawn = peft.inject_adapter_in_model(config, nn.ModuleDict({"copy": copy}))["copy"]
-    first_a, first_b = drawn.lora_A["default"].weight.data, drawn.lora_B["default"].weight.data
-    a.data, b.data = torch.cat([first_a, first_a]), torch.cat([first_b, -first_b], dim=1)
-    a.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
-    b.register_hook(lambda grad: torch.cat([grad[:, :rank], torch.zeros_like(grad[:, rank:])], dim=1))
 
 
 def load_unet(run: Run, dtype: torch.dtype, adapted: bool = False) -> UNet2DConditionModel:
@@ -2967,7 +2805,7 @@ def load_unet(run: Run, dtype: torch.dtype, adapted: bool = False) -> UNet2DCond
 def recompute(args: argparse.Namespace, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
     """Switch gradient checkpointing on, as the flags say."""
     checkpoint_blocks(unet, checkpointed(args), args.lora_dropout)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing is True:
         for encoder in encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -2991,7 +2829,7 @@ def load_trainable(run: Run) -> TrainableSDXL:
     if args.init_lora and not candidates(args.resume_from_checkpoint, run.output):
         begin_with_lora(Path(args.init_lora), model)
     for adapter in model.adapters.values() if run.accelerator.num_processes > 1 else ():
-        adapter.data.copy_(broadcast(adapter.data))  # cards of two kinds may decompose a weight differently
+        adapter.data.copy_(broadcast(adapter.data))  # cards of two kinds may draw differently
     return model
 
 
@@ -3419,7 +3257,7 @@ def missing_class_images(folder: Path, count: int, recursive: bool) -> list[tupl
     return [(index, path) for index, path in enumerate(drawn[:max(0, count - len(brought))]) if not path.exists()]
 
 
-def drawn_at_once(args: argparse.Namespace) -> int:
+def class_batch_size(args: argparse.Namespace) -> int:
     """How many class pictures are drawn at once: where memory is short, no more than training has room for."""
     return min(args.sample_batch_size, 2 * args.train_batch_size) if checkpointed(args) else args.sample_batch_size
 
@@ -3432,7 +3270,7 @@ def class_dtype(run: Run) -> torch.dtype:
 def make_class_images(run: Run) -> None:
     """Draw the missing class pictures: each rank its share, seeded by number, so that a stopped drawing goes on."""
     args, accelerator = run.args, run.accelerator
-    if args.prior_preservation != "pictures":
+    if prior_kind(args) != "pictures":
         return
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -3469,8 +3307,8 @@ def generate_class_latents(run: Run, store: Store, table: TextTable, prompt: Val
         return
     model = TrainableSDXL(load_unet(run, class_dtype(run)))
     bar = progress_bar(len(missing), "Class pictures")
-    for first in range(0, len(missing), drawn_at_once(run.args)):
-        part = missing[first:first + drawn_at_once(run.args)]
+    for first in range(0, len(missing), class_batch_size(run.args)):
+        part = missing[first:first + class_batch_size(run.args)]
         seeds = [position_seed(run.seed, "class picture", index) for index, _ in part]
         for row, (_, key) in zip(draw(run, model, table, prompt, seeds).split(1), part, strict=True):
             store.put(key, latents=row)
@@ -3582,12 +3420,12 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, name: str) -> tuple[Tensor,
 
 
 def view_count(args: argparse.Namespace, is_class: bool, buckets: int) -> int:
-    """How many views of a sample are drawn for a bucket: of a picture there are --cache_variants in all, shared among
-    its repeats or, if it is of the class, the buckets in which it is seen.
+    """Return how many views of a sample are encoded for a bucket: of a picture there are CACHED_CROPS in all, shared
+    among its repeats or, if it is of the class, the buckets in which it is seen.
     """
     if args.center_crop and not args.random_flip:
         return 1
-    return max(1, args.cache_variants // (buckets if is_class else args.repeats))
+    return max(1, CACHED_CROPS // (buckets if is_class else args.repeats))
 
 
 class CachedView(NamedTuple):
@@ -3603,7 +3441,7 @@ def choose_views(run: Run, sample: Sample, bucket: Bucket, count: int, vae: str)
 
     They follow from the picture alone, not from the run's seed, so that another run finds them encoded.
     """
-    args, size, picture = run.args, picture_size(sample.path), KNOWN_PICTURES.of(sample.path).key
+    args, size, picture = run.args, picture_size(sample.path), KNOWN_PICTURES.key(sample.path)
     is_masked = args.masked_loss and not sample.is_class
     mask = (find_mask(args, sample.path) or sample.path).read_bytes() if is_masked else None  # or its own alpha
     how = args.image_interpolation_mode, mask
@@ -3672,7 +3510,7 @@ def encode_views(run: Run, samples: Sequence[Sample], places: Sequence[Place]) -
 def bucket_of_each(args: argparse.Namespace, samples: Iterable[Sample]) -> list[Bucket]:
     """The bucket of each sample of the subject."""
     choices = make_buckets(args.aspect_ratio_buckets, args.resolution)
-    return [choose_bucket(picture_size(sample.path), choices, args.max_upscale) for sample in samples]
+    return [choose_bucket(picture_size(sample.path), choices, MAX_UPSCALE) for sample in samples]
 
 
 def build_cache(run: Run, samples: Sequence[Sample], buckets: Sequence[Bucket], table: TextTable) -> Cache:
@@ -3800,13 +3638,12 @@ def loss_weight(snr: Tensor, kind: str, snr_gamma: float | None, weighting: str 
     """Weights of squared errors in epsilon or velocity, from those of the denoised latents: finite at snr 0, too.
 
     An error in epsilon is snr times that in the denoised latents, one in velocity snr + 1 times. min-SNR is of
-    arXiv:2303.09556, debiased estimation of arXiv:2310.08442, P2 (gamma 1, k 1) of arXiv:2204.00227; EDM's style is
-    the plain loss of epsilon.
+    arXiv:2303.09556, debiased estimation of arXiv:2310.08442; EDM's style is the plain loss of epsilon.
     """
     if snr_gamma is not None:
         denoised = snr.clamp(max=snr_gamma)
-    elif weighting is not None:
-        denoised = {"debiased": snr.sqrt(), "p2": snr / (1 + snr)}[weighting]
+    elif weighting == "debiased":
+        denoised = snr.sqrt()
     elif edm_style:
         denoised = snr
     else:
@@ -3814,32 +3651,26 @@ def loss_weight(snr: Tensor, kind: str, snr_gamma: float | None, weighting: str 
     return torch.where(snr > 0, denoised / snr, 1.0) if kind == "epsilon" else denoised / (snr + 1)
 
 
-def huber_deltas(snr: Tensor, schedule: str, least: float) -> Tensor:
-    """Where a loss turns from square to linear, by timestep (arXiv:2403.16728): constant, or less where noise is."""
-    if schedule == "exponential":
-        return least ** (torch.arange(len(snr), dtype=torch.float64) / len(snr))
-    if schedule == "snr":
-        return (1 - least) / (1 + snr.rsqrt()) ** 2 + least  # 1 / sqrt(snr) is sigma; at snr 0 the least is left
-    return torch.full_like(snr, least)
+def huber_deltas(snr: Tensor, huber_c: float) -> Tensor:
+    """Return where the Huber loss turns from square to linear at each timestep, the less the more noise there is.
+
+    The schedule by signal-to-noise ratio of arXiv:2403.16728.
+    """
+    return (1 - huber_c) / (1 + snr.rsqrt()) ** 2 + huber_c  # 1 / sqrt(snr) is sigma; at snr 0 huber_c is left
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": lambda error, delta: error.square(),
     "huber": lambda error, delta: 2 * delta * ((error.square() + delta.square()).sqrt() - delta),
-    "smooth_l1": lambda error, delta: 2 * ((error.square() + delta.square()).sqrt() - delta),
 }
-BIASES: dict[str, Callable[[Tensor], Tensor]] = {
-    "uniform": lambda share: share,
-    "earlier": lambda share: 2 * share - share.square(),
-    "later": torch.square,
-    "logit-normal": lambda share: torch.special.ndtr(share.logit()),  # arXiv:2403.03206
-}
-"""The probability of a timestep below a share of all: earlier and later fall and rise linearly."""
 
 
-def timestep_odds(count: int, low: int, high: int, bias: str) -> Tensor:
-    """The probability of a timestep of at most t (count,), where only those from low to high happen. float64."""
-    below = BIASES[bias](torch.arange(count + 1, dtype=torch.float64) / count)
+def logit_normal_cdf(count: int, low: int, high: int) -> Tensor:
+    """Return the probability of a timestep of at most t (count,), where only those from low to high occur. float64.
+
+    The logit of a timestep's place is normal, with mean 0 and variance 1 (arXiv:2403.03206).
+    """
+    below = torch.special.ndtr((torch.arange(count + 1, dtype=torch.float64) / count).logit())
     return ((below[1:] - below[low]) / (below[high + 1] - below[low])).clamp(0, 1)
 
 
@@ -3847,8 +3678,8 @@ def make_timesteps(count: int, low: int, high: int, bias: str) -> Callable[[int,
     """A function that draws so many timesteps on a device, without waiting for it."""
     if bias == "uniform":
         return lambda rows, device: torch.randint(low, high + 1, (rows,), device=device)
-    odds = functools.cache(timestep_odds(count, low, high, bias).float().to)
-    return lambda rows, device: torch.searchsorted(odds(device), torch.rand(rows, device=device), right=True)
+    cdf = functools.cache(logit_normal_cdf(count, low, high).float().to)
+    return lambda rows, device: torch.searchsorted(cdf(device), torch.rand(rows, device=device), right=True)
 
 
 RowLosses = Callable[[Tensor, Tensor], Tensor]
@@ -3868,31 +3699,10 @@ def prior_of_base(model: TrainableSDXL, inputs: tuple, target: Tensor, rows_of: 
     return rows_of(model(*inputs), torch.cat([target[:count], known.float()]))
 
 
-def prior_of_consistency(model: TrainableSDXL, inputs: tuple, target: Tensor, rows_of: RowLosses, count: int,
-                         beta: float) -> Tensor:
-    """Direct consistency optimisation (arXiv:2402.12004): be better than the base model, and no further from it.
-
-    Divided by beta, which leaves gradients of the usual size: half of the plain loss's where nothing is learnt yet.
-    """
-    with torch.no_grad(), model.without_adapters():
-        before = rows_of(model(*inputs), target)
-    return -nn.functional.logsigmoid(beta * (before - rows_of(model(*inputs), target))) / beta
-
-
-def make_noise(offset: float, perturbation: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function that draws noise for latents: that which is to be found in them, and that which is put in.
-
-    Offset: a part that is one number a channel, so that brightness is learnt, too. Perturbation: noise that is not
-    told of (arXiv:2301.11706).
-    """
-
-    def draw(latents: Tensor) -> tuple[Tensor, Tensor]:
-        noise = torch.randn_like(latents)
-        if offset:
-            noise = noise + offset * torch.randn_like(latents[:, :, :1, :1])
-        return noise, noise + perturbation * torch.randn_like(latents) if perturbation else noise
-
-    return draw
+def sample_noise(latents: Tensor, offset: float = 0.0) -> Tensor:
+    """Sample noise for latents (B, 4, h, w), with an offset by channel so that brightness is learnt, too."""
+    noise = torch.randn_like(latents)
+    return noise + offset * torch.randn_like(latents[:, :, :1, :1]) if offset else noise
 
 
 class Objective(NamedTuple):
@@ -3901,7 +3711,7 @@ class Objective(NamedTuple):
     table: Table
     delta: Tensor  # of the Huber losses, by timestep
     draw_timesteps: Callable[[int, torch.device], Tensor]
-    draw_noise: Callable[[Tensor], tuple[Tensor, Tensor]]
+    sample_noise: Callable[[Tensor], Tensor]
     distance: Callable[[Tensor, Tensor], Tensor]
     prior: Callable[..., Tensor]
 
@@ -3913,13 +3723,12 @@ def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.devic
     low, high = args.min_timestep, last if args.max_timestep is None else min(args.max_timestep, last)
     if low > high:
         raise UserError(f"--min_timestep {low} is beyond the model's last timestep, {last}.")
-    deltas = huber_deltas(exact.snr, args.huber_schedule, args.huber_c).float().to(device)
-    priors = {"base_model": prior_of_base, "dco": functools.partial(prior_of_consistency, beta=args.dco_beta)}
+    deltas = huber_deltas(exact.snr, args.huber_c).float().to(device)
     rounded = (column.float() if column.is_floating_point() else column for column in exact)
     return Objective(Table(*(column.to(device) for column in rounded)), deltas,
                      make_timesteps(len(exact.a), low, high, args.timestep_bias),
-                     make_noise(args.noise_offset, args.input_perturbation), DISTANCES[args.loss_type],
-                     priors.get(args.prior_preservation, prior_of_pictures))
+                     functools.partial(sample_noise, offset=args.noise_offset), DISTANCES[args.loss_type],
+                     prior_of_base if prior_kind(args) == "base_model" else prior_of_pictures)
 
 
 class Loss(NamedTuple):
@@ -3933,14 +3742,14 @@ class Loss(NamedTuple):
 def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch) -> Loss:
     """The loss of one micro-batch: sum of weighted rows over the number of instance rows."""
     latents = batch.mean + batch.std * torch.randn_like(batch.mean)
-    noise, noise_put_in = objective.draw_noise(latents)
+    noise = objective.sample_noise(latents)
     timesteps = objective.draw_timesteps(len(latents), latents.device)
     a, b, c, d, delta = (column[timesteps].view(-1, 1, 1, 1) for column in (*objective.table[:4], objective.delta))
 
     def rows_of(prediction: Tensor, target: Tensor) -> Tensor:
         return (objective.distance(prediction.float() - target, delta) * batch.mask).flatten(1).mean(1)
 
-    inputs = a * latents + b * noise_put_in, objective.table.t_cond[timesteps], batch.text, batch.add_time_ids
+    inputs = a * latents + b * noise, objective.table.t_cond[timesteps], batch.text, batch.add_time_ids
     rows = objective.prior(model, inputs, c * latents + d * noise, rows_of, batch.instance_rows)
     total = (batch.weight * objective.table.weight[timesteps] * rows).sum() / batch.instance_rows
     return Loss(total, rows[:batch.instance_rows].detach(), timesteps[:batch.instance_rows])
@@ -3978,11 +3787,9 @@ def plan_steps(args: argparse.Namespace, instance_rows: int, world: int) -> Sche
 
 def optimizer_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the optimizer is made with, beside its groups."""
-    betas = {"betas": (args.adam_beta1, args.adam_beta2)}
-    adam = {**betas, "eps": args.adam_epsilon}
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return {
         "adamw": {**adam, "fused": True},  # one launch for a thousand small tensors
-        "lion8bit": {} if betas["betas"] == (0.9, 0.999) else betas,  # arXiv:2302.06675 takes (0.9, 0.99)
         "prodigy": {**adam, "beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple,  # arXiv:2306.06101
                     "use_bias_correction": args.prodigy_use_bias_correction,
                     "safeguard_warmup": args.prodigy_safeguard_warmup},
@@ -4009,7 +3816,6 @@ def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_s
         if args.loraplus_lr_ratio and "lora_B" in name:  # LoRA+ (arXiv:2402.12354)
             rate, label = rate * args.loraplus_lr_ratio, f"{label}/B"
         rate = args.learning_rate if finds_rate else rate * scale
-        decay = 0.0 if args.lora_init in TWINS else decay  # it would pull at the frozen halves, too
         group = groups.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
     make = getattr(importlib.import_module(kind.module), kind.name)
@@ -4093,8 +3899,8 @@ def make_average(args: argparse.Namespace, adapters: Sequence[nn.Parameter], opt
 
 
 KEPT_GROUPS = ("adapters", "text", "optimizer", "objective")
-KEPT_FLAGS = ("resolution", "caption_dropout", "background_loss_weight", "prior_preservation", "dco_beta",
-              "base_precision", "train_batch_size")
+KEPT_FLAGS = ("resolution", "caption_dropout", "background_loss_weight", "with_prior_preservation", "base_precision",
+              "train_batch_size")
 """What makes the run what it is: flags of these groups, and these. Others, such as --max_train_steps, validation,
 logging and where things are, may change between start and resume.
 """
@@ -4261,15 +4067,13 @@ AFTER_TRAINING = ("Stopped after training. Checkpoint and LoRA are written: the 
 
 class StopSignals:
     """STOP_SIGNALS end the run: at once while it is prepared, after the step in progress while it trains; a second
-    Ctrl-C at once. The clock asks for the same, and for checkpoints.
+    Ctrl-C at once. The clock asks for the same.
     """
 
-    def __init__(self, run_minutes: float | None = None, checkpoint_minutes: float | None = None) -> None:
+    def __init__(self, run_minutes: float | None = None) -> None:
         self.signum, self.before, self.cpu_group = 0, {}, None
         self.at_once: str | None = BEFORE_TRAINING  # what is told where no step is to be ended first
-        self.began = self.saved = time.monotonic()
-        self.run_seconds = 60 * (run_minutes or math.inf)
-        self.checkpoint_seconds = 60 * (checkpoint_minutes or math.inf)
+        self.began, self.run_seconds = time.monotonic(), 60 * (run_minutes or math.inf)
 
     def __enter__(self) -> StopSignals:
         self.before = handle_stop_signals(self.note)
@@ -4289,18 +4093,14 @@ class StopSignals:
         if self.at_once:
             raise Stopped(signum, self.at_once)
 
-    def sync_stop_flags(self) -> tuple[int, int]:
-        """Return what any rank has been asked for, on all ranks at the same step: by which signal's number (or
-        TIME_IS_UP) to stop, and whether a checkpoint is due by the clock; 0 is no.
-        """
-        now = time.monotonic()
-        stop = self.signum or TIME_IS_UP * (now - self.began > self.run_seconds)
-        save = int(now - self.saved > self.checkpoint_seconds)
+    def sync_stop_flags(self) -> int:
+        """Return the number of the signal (or TIME_IS_UP) by which any rank is to stop, alike on all ranks; or 0."""
+        stop = self.signum or TIME_IS_UP * (time.monotonic() - self.began > self.run_seconds)
         if self.cpu_group is not None:
-            asked = torch.tensor([stop, save])  # on the host: no step waits for its device here
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.cpu_group)
-            stop, save = asked.tolist()
-        return stop, save
+            flag = torch.tensor(stop)  # on the host: no step waits for its device here
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.cpu_group)
+            stop = int(flag)
+        return stop
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -4322,9 +4122,8 @@ def as_users_load_it(model: TrainableSDXL) -> Iterator[None]:
         model.train()
 
 
-def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
-                   report: Callable[[], None]) -> Callable[[int], None]:
-    """A function that draws the validation pictures of a step and reports; it does nothing without a prompt."""
+def make_validator(run: Run, model: TrainableSDXL, table: TextTable) -> Callable[[int], None]:
+    """Return a function that generates the validation pictures of a step; it does nothing without a prompt."""
     accelerator, prompts, count = run.accelerator, run.prompts, run.args.num_validation_images
     if not prompts:
         return lambda step: None
@@ -4347,7 +4146,6 @@ def make_validator(run: Run, model: TrainableSDXL, table: TextTable,
         if accelerator.is_main_process and pictures:
             with best_effort("pictures"):
                 show_pictures(run, step, sorted(pictures, key=lambda numbered: numbered[0]))
-            report()
         accelerator.wait_for_everyone()
 
     return validate
@@ -4424,41 +4222,6 @@ def contact_sheet(output: Path, prompts: Sequence[str], count: int, side: int = 
     return sheet
 
 
-# ------------------------------------------------------------------------------------------------------------- report
-# One page that needs no network: the sheet, the curves, the data, the settings, and how to use the files.
-
-REPORT = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --line: #8886; --curve: light-dark(#0b57d0, #8ab4f8) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-.small { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
-figure { margin: 0 } figcaption { font-size: .85rem; overflow-wrap: anywhere }
-.sheet { overflow-x: auto } .sheet img { max-width: none }
-svg { width: 100%; border: 1px solid var(--line) } polyline { fill: none; stroke: var(--curve); stroke-width: 1.5 }
-text { font: 11px system-ui; fill: currentColor }
-table { border-collapse: collapse } td, th { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left;
-overflow-wrap: anywhere } pre { overflow-x: auto; border: 1px solid var(--line); padding: .6rem }
-</style>
-</head>
-<body>
-<header><h1>$title</h1><p>$summary</p></header>
-<main>
-<section aria-labelledby="pictures"><h2 id="pictures">Pictures</h2>$sheet</section>
-<section aria-labelledby="curves"><h2 id="curves">Curves</h2><div class="grid">$curves</div></section>
-<section aria-labelledby="data"><h2 id="data">Training pictures</h2><div class="grid small">$data</div></section>
-<section aria-labelledby="use"><h2 id="use">Use it</h2><pre tabindex="0">$use</pre></section>
-<section aria-labelledby="settings"><h2 id="settings">Settings</h2>
-<details><summary>All flags of this run</summary><table><tr><th>flag</th><th>value</th></tr>$settings</table></details>
-</section>
-</main>
-</body>
-</html>
-""")
 TOKENS = """
 from safetensors.torch import load_file
 embeddings = load_file({file})
@@ -4510,53 +4273,6 @@ def read_history(output: Path, before: float = math.inf) -> list[dict[str, float
     return [entry for entry in entries if entry["step"] <= before]
 
 
-def curve(name: str, points: Sequence[tuple[float, float]]) -> str:
-    """A figure with one line of numbers over steps."""
-    steps, values = zip(*points, strict=True)
-    low, high, first, last = min(values), max(values), steps[0], steps[-1]
-    place = [(40 + 350 * (x - first) / ((last - first) or 1), 150 - 130 * (y - low) / ((high - low) or 1))
-             for x, y in points]
-    told = f"{name} from {values[0]:.4g} at step {first} to {values[-1]:.4g} at step {last}"
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
-    marks = ((2, 24, f"{high:.3g}"), (2, 150, f"{low:.3g}"), (40, 168, f"step {first}"), (340, 168, f"step {last}"))
-    texts = "".join(f'<text x="{x}" y="{y}">{mark}</text>' for x, y, mark in marks)
-    return (f'<figure><svg viewBox="0 0 400 175" role="img" aria-label="{told}"><polyline points="{line}"/>{texts}'
-            f"</svg><figcaption>{name}</figcaption></figure>")
-
-
-@best_effort("report")
-def write_report(run: Run, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> None:
-    """Write report.html from what is in the output folder."""
-    escape, args, sheet = html.escape, run.args, run.output / "progress.png"
-    history = read_history(run.output)
-    names = sorted({name for entry in history for name in entry} - {"step"})
-    points = {name: [(entry["step"], entry[name]) for entry in history if math.isfinite(entry.get(name, math.nan))]
-              for name in names}  # a scaler lets norms overflow at times
-    curves = "".join(curve(escape(name), places) for name, places in points.items() if places)
-    shown = {sample.path: (sample, bucket) for sample, bucket in zip(subject, buckets, strict=True)}
-    data = [f'<figure><img src="{thumbnail(path)}" alt="{escape(path.name)}" width="128"><figcaption>'
-            f"{escape(path.name)}, {width}x{height}: {escape(sample.prompt)}</figcaption></figure>"
-            for path, (sample, (width, height)) in list(shown.items())[:100]]
-    picture = ""
-    if sheet.exists():
-        encoded = base64.b64encode(sheet.read_bytes()).decode()
-        rows = "; ".join(prompt.text for prompt in run.prompts)
-        told = escape(f"A column a step, the untrained model first; rows: {rows}")
-        picture = (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{told}">'
-                   f"</div><figcaption>{told}</figcaption></figure>")
-    settings = public_settings(args, run.seed).items()
-    page = REPORT.substitute(
-        title=escape(run.output.resolve().name), sheet=picture or "<p>No --validation_prompt was given.</p>",
-        summary=escape(f"{len(shown)} pictures, rank {args.rank}, "
-                       f"{history[-1]['step'] if history else 0} steps so far"),
-        curves=curves or "<p>Nothing yet.</p>",
-        data="".join(data) + ("" if len(shown) <= 100 else f"<p>and {len(shown) - 100} more</p>"),
-        use=escape(usage(run, str(run.output), with_tokens(args, subject[0].prompt))),
-        settings="".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in settings))
-    with output_file(run.output / "report.html") as unfinished:
-        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
-
-
 # ------------------------------------------------------------------------------------------------------ training loop
 # Draw rows, loss, backward, clip, step; then log, save, validate where due.
 
@@ -4578,14 +4294,10 @@ def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> 
 class Progress:
     """The bar, and what was seen since the last look; only looking waits for the device."""
 
-    def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int,
-                 monitor: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
-        self.monitor = monitor
+    def __init__(self, run: Run, lr_scheduler: Any, schedule: Schedule, step: int) -> None:
         self.timesteps, self.memory = run.scheduler.config.num_train_timesteps, run.memory
         self.accelerator, self.scaler, self.lr_scheduler = run.accelerator, run.accelerator.scaler, lr_scheduler
         self.samples_per_step = schedule.samples_per_step
-        self.skips = run.args.on_nan == "skip"
-        self.max_skipped, self.skipped = run.args.max_skipped_steps, 0
         self.bar = progress_bar(schedule.total_steps, "Training", step)
         self.step, self.seen, self.loss = step, [], math.nan  # seen: of each micro-batch its step, names and loss
         self.norms, self.finite = [], deque(maxlen=5)
@@ -4611,24 +4323,11 @@ class Progress:
         """Keep a micro-batch's loss, on the device, for the next report."""
         self.seen.append((self.step + 1, batch.names, loss._replace(total=loss.total.detach())))
 
-    def accept(self, grad_norm: Tensor) -> bool:
-        """Count a step that has its gradients; False if it is not to be taken. Raises TrainingError after too many."""
+    def end_step(self, grad_norm: Tensor) -> None:
+        """Count a step that has its gradients."""
         self.step += 1
         self.bar.update()
-        if self.skips and not math.isfinite(self.doubt(grad_norm)):
-            self.skipped += 1
-            self.seen = [entry for entry in self.seen if entry[0] != self.step]
-            if self.skipped > self.max_skipped:
-                raise TrainingError(f"more than --max_skipped_steps {self.max_skipped} steps had gradients that are "
-                                    "not finite; the last checkpoint is whole. A lower --learning_rate helps.")
-            return bool(self.scaler)  # which leaves the step out by itself, and must be told of it
         self.norms.append((self.step, grad_norm))
-        return True
-
-    def doubt(self, grad_norm: Tensor) -> Tensor:
-        """A number that is finite if the step in progress can be taken; a scaler looks at gradients by itself."""
-        losses = [loss.total for step, _, loss in self.seen if step == self.step]
-        return self.accelerator.reduce(torch.stack(losses).sum(), "sum") if self.scaler else grad_norm
 
     def report(self) -> None:
         """Tell bar and trackers, if there is news. Raises TrainingError if a number is not finite."""
@@ -4649,7 +4348,7 @@ class Progress:
         speed = (self.step - self.looked_at) * self.samples_per_step / (now - self.since)
         told = {"loss": self.loss, "grad_norm": float(norms[-1]), "peak_memory_gb": peak_memory_gb(self.memory),
                 "samples_per_second": speed, **rates}
-        told |= self.by_timestep() | self.monitor(self.step)
+        told |= self.by_timestep()
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:  # a full disk is told of where it matters
             with suppress(OSError), open(self.history, "a", encoding="utf-8") as file:
@@ -4681,64 +4380,10 @@ class Progress:
         step, what, names = min(found, key=lambda entry: entry[:1])
         last = ", ".join(f"{loss:.4g}" for loss in self.finite) or "none"
         return (f"step {step} has {what}, with {'; '.join(dict.fromkeys(names))} (finite losses before: {last}). The "
-                "last checkpoint is whole, nothing was written over it. A lower --learning_rate, --mixed_precision "
-                "bf16 or --on_nan skip helps; or is one of these pictures odd?")
+                "last checkpoint is whole, nothing was written over it. A lower --learning_rate or "
+                "--mixed_precision bf16 helps; or is one of these pictures odd?")
 
 
-MONITOR_LEVELS, MONITOR_WINDOW = 8, 5  # levels of noise, measures that tell of rest
-
-
-def make_monitor(run: Run, model: TrainableSDXL, cache: Cache, table: TextTable,
-                 objective: Objective) -> Callable[[int, Average], dict[str, float]]:
-    """A function of the step that tells, where that is due, how well the subject is known and how far the class moved.
-
-    fit: the mean squared error on a batch of the subject's pictures; drift: the mean square between predictions for
-    the class prompt with and without adapters, on the same noisy pictures; rest: the variance of the last measures of
-    fit over that of all (DVAR of arXiv:2302.04841, which stops below 0.15). Noise and timesteps are always the same.
-    """
-    every, of = run.args.monitor_steps, objective.table
-    if not every:
-        return lambda step, average: {}
-    bucket = cache.buckets[0]
-    rows = [row for row, own in enumerate(cache.buckets) if own == bucket][:run.args.train_batch_size]
-    seen = [cache.views[row, bucket][0] for row in rows]
-    (mean, _, _), ids = cache.moments(seen), pick(cache.add_time_ids, seen)
-    levels = [len(of.a) * (2 * i + 1) // (2 * MONITOR_LEVELS) for i in range(MONITOR_LEVELS)]
-    generators = [torch.Generator().manual_seed(position_seed(run.seed, "monitor", t)) for t in levels]
-    noises = [torch.randn(mean.shape, generator=generator).to(mean) for generator in generators]
-
-    def predict(text: Text) -> list[Tensor]:
-        """The predictions at all levels of noise."""
-        return [model(of.a[t] * mean + of.b[t] * noise, of.t_cond[t].expand(len(rows)), text, ids).float()
-                for t, noise in zip(levels, noises, strict=True)]
-
-    @functools.cache
-    def untrained() -> list[Tensor]:
-        with model.without_adapters():
-            return predict(table.at([table.numbers[run.args.class_prompt]] * len(rows)))
-
-    def distance(ones: list[Tensor], others: list[Tensor]) -> float:
-        return (torch.stack(ones) - torch.stack(others)).square().mean().item()
-
-    @torch.no_grad()
-    def look() -> tuple[float, float]:
-        targets = [of.c[t] * mean + of.d[t] * noise for t, noise in zip(levels, noises, strict=True)]
-        own = predict(table.at([cache.prompts[row] for row in rows]))
-        of_class = predict(table.at([table.numbers[run.args.class_prompt]] * len(rows)))
-        return distance(own, targets), distance(of_class, untrained())
-
-    def monitor(step: int, average: Average) -> dict[str, float]:
-        if not due(step, every):
-            return {}
-        with average.shown(), as_users_load_it(model):
-            fit, drift = look()
-        before = [entry["monitor/fit"] for entry in read_history(run.output, before=step) if "monitor/fit" in entry]
-        fits = [*before, fit]
-        rest = statistics.pvariance(fits[-MONITOR_WINDOW:]) / (statistics.pvariance(fits) or 1.0)
-        told = {"monitor/rest": rest} if len(fits) > MONITOR_WINDOW else {}
-        return {"monitor/fit": fit, "monitor/drift": drift, **told}
-
-    return monitor
 
 
 class GradientWatch:
@@ -4911,13 +4556,12 @@ class Outcome(NamedTuple):
     step: int
     loss: float
     stopped_by: int  # a signal's number, TIME_IS_UP, or 0
-    skipped: int  # steps whose numbers were not finite
 
 
 def make_settler(args: argparse.Namespace, model: TrainableSDXL, table: TextTable,
                  total_steps: int) -> Callable[[int, Average], None]:
     """A function of the step to come, which settles the text encoders once their share of the steps is over."""
-    share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
+    share = text_share(args)
     last = [round(share * total_steps)] if trains_text(args) and share < 1 else []
 
     def settle(step: int, average: Average) -> None:
@@ -5024,7 +4668,7 @@ class GraphedStep:
 def graph_obstacle(run: Run) -> str:
     """Say why a step cannot be recorded as a CUDA graph, or ""."""
     args = run.args
-    share = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else args.train_text_encoder_frac
+    share = text_share(args)
     obstacles = {
         f"{run.device} has no CUDA graphs": run.device.type != "cuda",
         "it cannot be combined with torch.compile": args.torch_compile
@@ -5052,7 +4696,6 @@ class Events(NamedTuple):
 
     validate: Callable[[int], None]  # whenever it is called
     settle_text: Callable[[int, Average], None]
-    monitor: Callable[[int, Average], dict[str, float]]
 
 
 def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, digest: str,
@@ -5089,9 +4732,9 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
         validate(0)
     model.train()
     compute_gradients, watch = make_gradient_step(run, model, objective), GradientWatch(model.adapters)
-    progress = Progress(run, lr_scheduler, schedule, step, functools.partial(events.monitor, average=average))
+    progress = Progress(run, lr_scheduler, schedule, step)
     validate = progress.standing()(validate)
-    run.stop.at_once, run.stop.saved, stop = None, time.monotonic(), 0
+    run.stop.at_once, stop = None, 0
     with progress.bar:
         while step < last and not stop:
             events.settle_text(step, average)
@@ -5102,24 +4745,23 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
                 progress.note(batch, compute_gradients(batch))
             share_gradients(accelerator, adapters)
             watch.look()
-            if progress.accept(accelerator.clip_grad_norm_(adapters, args.max_grad_norm)):
-                optimizer.step()
-                average.update()
+            progress.end_step(accelerator.clip_grad_norm_(adapters, args.max_grad_norm))
+            optimizer.step()
+            average.update()
             lr_scheduler.step()
             optimizer.zero_grad(set_to_none=not isinstance(compute_gradients, GraphedStep))
-            step, (stop, save_now) = step + 1, run.stop.sync_stop_flags()
-            saving = due(step, args.checkpointing_steps, last) or save_now or stop
-            if saving or due(step, LOG_STEPS, last) or due(step, args.monitor_steps or last):
+            step, stop = step + 1, run.stop.sync_stop_flags()
+            saving = due(step, args.checkpointing_steps, last) or stop
+            if saving or due(step, LOG_STEPS, last):
                 progress.report()  # a number that is not finite ends the run here, before anything is overwritten
             if step == last:
                 save_loras()  # first: the disk may be too small for a checkpoint, the card for the last pictures
             if saving:
                 save(step)
-                run.stop.saved = time.monotonic()
             if due(step, schedule.validation_steps, last) and not stop:
                 validate(step)
     save_loras()  # with the last pictures, or for all that a finished run was resumed for
-    return Outcome(step, progress.loss, stop if step < last else 0, progress.skipped)
+    return Outcome(step, progress.loss, stop if step < last else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
@@ -5251,7 +4893,6 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor], title: str) -> dict[str
             **{f"modelspec.{key}": value for key, value in spec.items() if value}}
 
 
-@functools.lru_cache(maxsize=256)  # a report is written often, its pictures stay
 def thumbnail(path: Path) -> str:
     """A picture as a data URL of at most 256 pixels."""
     image, buffer = load_picture(path), io.BytesIO()
@@ -5369,7 +5010,7 @@ def check_lora_fits(path: Path, tensors: dict[str, Tensor], scales: dict[str, fl
         raise UserError(f"--init_lora {path} is a plain LoRA, without the magnitudes of DoRA; leave --use_dora out.")
     if unknown:
         cure = next((cure for part, cure in INIT_LORA_CURES.items() if part in unknown[0]),
-                    "choose --lora_preset, --lora_layers and --lora_unet_blocks as it was trained")
+                    "choose --lora_layers and --lora_unet_blocks as it was trained")
         if len(model.text_encoders) and cure == INIT_LORA_CURES["text_encoder"]:
             cure = "in text encoders only the attention of the layers that SDXL reads can be trained"
         raise UserError(f"--init_lora {path} has {unknown[0]}, which this run does not train; {cure}.")
@@ -5459,7 +5100,7 @@ In ComfyUI, A1111 or Forge: {webui}
 | | |
 |---|---|
 {facts}
-{samples}
+
 {fence}bash
 {command}
 {fence}
@@ -5474,19 +5115,6 @@ def trigger_of(args: argparse.Namespace, subject: Sequence[Sample]) -> str:
     return prompt if prompt and any(prompt in sample.prompt for sample in subject) else subject[0].prompt
 
 
-def write_samples(run: Run, subject: Sequence[Sample]) -> list[Path]:
-    """Small copies of the pictures that were trained on, for the card, if --card_data_samples asks for them."""
-    folder, samples = run.output / "card_samples", []
-    pictures = list(dict.fromkeys(sample.path for sample in subject if run.args.card_data_samples))
-    for number_, path in enumerate(pictures[:20]):
-        with best_effort("sample of the data"):
-            picture = load_picture(path)
-            picture.thumbnail((512, 512))
-            save_picture(picture, folder / f"{number_:02d}.png")
-            samples.append(folder / f"{number_:02d}.png")
-    return samples
-
-
 def table_rows(facts: dict[str, str]) -> str:
     """Rows of a Markdown table; prompts cannot break it."""
     cells = {name: html.escape(" ".join(text.split())).replace("|", "&#124;") for name, text in facts.items()}
@@ -5494,11 +5122,11 @@ def table_rows(facts: dict[str, str]) -> str:
 
 
 def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts: dict[str, str]) -> list[Path]:
-    """Write README.md with gallery, trigger words and the command; returns the pictures that it shows."""
+    """Write README.md with gallery, trigger words and the command; return the pictures that it shows."""
     args, base = run.args, run.args.pretrained_model_name_or_path
     trigger, count = with_tokens(args, trigger_of(args, subject)), args.num_validation_images
     drawn = [prompt.text for prompt in run.prompts]
-    gallery, samples = pictures_in(validation_folder(run.output, step), drawn, count), write_samples(run, subject)
+    gallery = pictures_in(validation_folder(run.output, step), drawn, count)
 
     def address(path: Path) -> str:
         return path.relative_to(run.output).as_posix()
@@ -5510,18 +5138,17 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts:
         widget=[{"text": with_tokens(args, drawn[index // count]) or " ", "output": {"url": address(path)}}
                 for index, path in gallery.items()] or None)
     command = command_of(args, run.seed)
-    shown = "".join(f" ![picture {i}]({address(path)})" for i, path in enumerate(samples, 1))
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=run.pictures,
         trigger=" ".join(trigger.replace("`", "'").split()),  # a blank line would end the code, and begin markup
         usage=usage(run, repo, with_tokens(args, drawn[0] if drawn else trigger)),
         webui=f"download `{KOHYA_FILE}` into the folder for LoRAs." if args.output_kohya_format else
         "this repository holds no file for them; `--output_kohya_format` writes one.",
-        facts=table_rows({**facts, "Trained": f"{step} steps"}), samples=shown, command=command,
+        facts=table_rows({**facts, "Trained": f"{step} steps"}), command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
     with output_file(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
-    return [*gallery.values(), *samples]
+    return list(gallery.values())
 
 
 HUB_WAITS, HUB_TIMEOUT = (1, 3, 9), 60.0  # seconds before the Hub is asked again; of silence until it counts as down
@@ -5585,325 +5212,6 @@ def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
         wanted = " ".join(f"--include {shlex.quote(path.relative_to(output).as_posix())}" for path in files)
         raise HubError(f"the upload to {repo} failed ({first_line(error)}); LoRA, card and pictures are safe in "
                        f"{output}. Push them with\n    hf upload {repo} {shlex.quote(str(output))} {wanted}") from None
-
-
-# ---------------------------------------------------------------------------------------------------- memory estimate
-# The run's phases on tensors that have shapes but no values: the peak of each in bytes, before any weight is loaded.
-
-
-ATEN = torch.ops.aten
-FLOPS = {**flop_registry,  # the CPU's attention, which keeps what flash attention keeps, is not in there
-         ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
-         ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
-             flop_registry[ATEN._scaled_dot_product_flash_attention_backward]}
-
-
-class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of a device's tensors that are made within it and still live, and their peak; of what is called
-    the operators, the launches (those that are neither views nor queries), and the floating-point operations.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.device = device
-        self.shapes: dict[Any, Any] = {}
-        self.bytes = self.peak = self.weights = self.trained = self.operators = self.launches = self.flops = 0
-        self.living = set()
-
-    def begin(self) -> None:
-        """What lives now are the weights; count from here."""
-        self.peak = self.weights = self.bytes
-        self.operators = self.launches = self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_known = self.device == "meta" and not func.is_view and not func._schema.is_mutable
-        result = self.by_shape(func, args, kwargs or {}) if is_known else func(*args, **(kwargs or {}))
-        called = "prim" not in func.namespace
-        self.operators += called
-        self.launches += called and not func.is_view
-        if func.overloadpacket in FLOPS:
-            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
-                self.note(tensor.untyped_storage())
-        return result
-
-    def by_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operator makes on the meta device, worked out once for arguments of the same shapes."""
-        leaves, structure = tree_flatten((args, kwargs))
-        key = (func, structure, *(shape_of(leaf) for leaf in leaves))
-        if key not in self.shapes:
-            result = func(*args, **kwargs)
-            made, structure = tree_flatten(result)
-            given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
-            is_new = all(leaf is None or leaf.untyped_storage()._cdata not in given for leaf in made)
-            self.shapes[key] = ([None if leaf is None else shape_of(leaf) for leaf in made], structure, is_new)
-            return result
-        shapes, structure, is_new = self.shapes[key]
-        if not is_new:  # a view by another name
-            return func(*args, **kwargs)
-        made = [shape and torch.empty_strided(*shape[:2], dtype=shape[2], device="meta") for shape in shapes]
-        return tree_unflatten(made, structure)
-
-    def note(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it dies."""
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.living:
-            self.living.add(key)
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key: int, size: int) -> None:
-        """Stop counting a storage that died."""
-        self.living.discard(key)
-        self.bytes -= size
-
-
-def shape_of(leaf: Any) -> Any:
-    """What of an operator's argument decides the shapes of its results."""
-    return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Attention that keeps no products of queries and keys, as CPUs and GPUs have it; the meta device has it not."""
-    usual = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = \
-        lambda query, key, value, *_, **__: ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = usual
-
-
-def sketch(source: Source, part: str) -> nn.Module:
-    """A part on the meta device, frozen, from its configuration file alone."""
-    kind, keywords = PART_CLASSES[part], source.keywords(part)
-    with torch.device("meta"), reading(source, part):
-        if part in TEXT_ENCODERS:
-            return kind(CLIPTextConfig.from_pretrained(source.name, **keywords)).requires_grad_(False)
-        return kind.from_config(kind.load_config(source.name, **keywords)).requires_grad_(False)
-
-
-def adapt_sketch(args: argparse.Namespace, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
-    """Add to sketches what is trained on their models."""
-    add_adapters(args, unet)
-    for encoder in encoders if args.train_text_encoder else ():
-        add_adapters(args, encoder)
-    for encoder in encoders if args.train_text_encoder_ti else ():
-        known = encoder.get_input_embeddings()
-        rows = torch.zeros(sum(map(len, new_tokens(args).values())), known.embedding_dim)
-        encoder.set_input_embeddings(NewTokens(known, known.num_embeddings, rows))
-
-
-def give_storage(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace a sketch's tensors by fake ones of its size: adapters in float32, the rest in dtype."""
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                new = torch.empty(old.shape, dtype=torch.float32 if old.requires_grad else dtype)
-                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-        for name, old in module._buffers.items():
-            module._buffers[name] = old if old is None else torch.zeros(old.shape, dtype=old.dtype)
-    return model
-
-
-class Rehearsal:
-    """A run's phases on fake tensors. Each method is a phase; weights, activations, gradients and moments count."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.args, self.meter = run, run.args, MemoryMeter("meta")
-        self.encoders = [sketch(run.base, part) for part in TEXT_ENCODERS]
-        self.resolution, self.side = run.args.resolution, run.args.resolution // run.vae_factor
-        largest = max(run.prompts, key=lambda prompt: prompt.height * prompt.width, default=None)
-        height, width = (largest.height, largest.width) if largest else (self.resolution, self.resolution)
-        self.drawn = height // run.vae_factor, width // run.vae_factor
-        self.objective = make_objective(run.args, run.scheduler, torch.device("meta"))
-
-    @functools.cached_property
-    def unet(self) -> nn.Module:
-        """The UNet, made for the phases that need one."""
-        return sketch(self.run.base, "unet")
-
-    def text(self, rows: int, dtype: torch.dtype) -> Text:
-        """Rows of embeddings."""
-        first, second = (encoder.config for encoder in self.encoders)
-        shape = rows, first.max_position_embeddings, self.unet.config.cross_attention_dim
-        return torch.empty(shape, dtype=dtype), torch.empty(rows, second.projection_dim, dtype=dtype)
-
-    def packed_unet(self, dtype: torch.dtype) -> nn.Module:
-        """The UNet as it lies on the device; unpacked it was on the host only."""
-        give_storage(self.unet, dtype)
-        if self.args.base_precision != "auto":
-            pack_unet(self.unet, self.args.base_precision, torch.device("meta"))
-        self.meter.begin()
-        return self.unet
-
-    def prompts(self) -> None:
-        """Encode one prompt with the larger encoder."""
-        encoder = give_storage(self.encoders[1], self.run.dtype)
-        self.meter.begin()
-        encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.long), output_hidden_states=True)
-
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The VAE in the dtype that it needs."""
-        vae = make_lean(sketch(self.run.vae, "vae"))
-        give_storage(vae, vae_dtype(vae.config, dtype))
-        self.meter.begin()
-        return vae
-
-    def pictures(self) -> None:
-        """Encode one picture."""
-        vae = self.vae(torch.float32)
-        vae.encode(torch.empty(1, 3, self.resolution, self.resolution, dtype=vae.dtype))
-
-    def decoding(self) -> None:
-        """Decode one picture; in a validation the UNet is there, unless it is offloaded."""
-        if self.run.prompts and not checkpointed(self.args):
-            self.packed_unet(self.run.dtype)
-        vae = self.vae(self.run.dtype)
-        vae.decode(torch.empty(1, 4, *self.drawn, dtype=vae.dtype))
-
-    def drawing(self, rows: int, dtype: torch.dtype, size: tuple[int, int]) -> None:
-        """One denoising step of `rows` pictures with guidance."""
-        unet, (embeds, pooled) = self.packed_unet(dtype), self.text(2 * rows, dtype)
-        added = {"text_embeds": pooled, "time_ids": torch.empty(2 * rows, 6)}
-        latents = torch.empty(2 * rows, 4, *size, dtype=dtype)
-        unet(latents, torch.tensor(1), embeds, added_cond_kwargs=added)
-
-    @torch.enable_grad()
-    def training(self) -> None:
-        """One optimizer step, the optimizer's moments included."""
-        args, trained = self.args, self.encoders if trains_text(self.args) else []
-        adapt_sketch(args, self.unet, trained)
-        for encoder in trained:
-            give_storage(encoder, self.run.dtype)
-        unet = self.packed_unet(self.run.dtype)
-        recompute(args, unet, trained)
-        model = TrainableSDXL(unet, trained).train()
-        adapters = list(model.adapters.values())
-        state = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema
-        moments = [torch.empty(adapter.numel() * state, dtype=torch.uint8) for adapter in adapters]
-        self.meter.begin()
-        self.meter.trained = sum(tensor.nbytes for tensor in (*adapters, *moments))
-        rows = args.train_batch_size * (1 + (args.prior_preservation in ("pictures", "base_model")))
-        ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
-        latents = torch.empty(2, rows, 4, self.side, self.side)
-        text = (ids, ids) if trained else self.text(rows, self.run.dtype)
-        batch = Batch(*latents, text, torch.empty(rows, 6), torch.empty(rows), args.train_batch_size)
-        diffusion_loss(model, self.objective, batch).total.backward()
-        norm = torch.nn.utils.get_total_norm([adapter.grad for adapter in adapters])
-        torch.nn.utils.clip_grads_with_norm_(adapters, args.max_grad_norm, norm)
-        del moments
-
-
-PHASES: dict[str, Callable[[Rehearsal], None]] = {
-    "class pictures": lambda room: room.drawing(drawn_at_once(room.args), class_dtype(room.run),
-                                                (room.side, room.side)),
-    "latents": Rehearsal.pictures,
-    "validation": lambda room: room.drawing(1, room.run.dtype, room.drawn),
-    "decoding": Rehearsal.decoding,
-    "training": Rehearsal.training,
-    "prompts": Rehearsal.prompts,
-}
-
-
-def phases_of(run: Run) -> list[str]:
-    """The phases that a run will have."""
-    prior = run.args.prior_preservation == "pictures"
-    left_out = {"class pictures": not prior, "validation": not run.prompts, "decoding": not prior and not run.prompts,
-                "prompts": trains_text(run.args)}
-    return [name for name in PHASES if not left_out.get(name)]
-
-
-@torch.no_grad()
-def rehearse(run: Run, phase: str) -> MemoryMeter:
-    """The cost of a phase; no weight is read and no kernel is run."""
-    if run.args.base_precision == "nf4":
-        PackedLinear(nn.Linear(64, 64), "nf4", torch.device("cpu"))  # its tables need real numbers, once
-    rehearsal = Rehearsal(run)
-    with torch.device("meta"), fused_attention(), rehearsal.meter:
-        PHASES[phase](rehearsal)
-    return rehearsal.meter
-
-
-def estimate_memory(run: Run) -> dict[str, MemoryMeter]:
-    """The cost of each phase that the run will have."""
-    return {phase: rehearse(run, phase) for phase in phases_of(run)}
-
-
-def largest(costs: dict[str, MemoryMeter]) -> tuple[str, float]:
-    """The phase with the highest peak, and that in GB."""
-    name = max(costs, key=lambda phase: costs[phase].peak)
-    return name, costs[name].peak / GB
-
-
-RUNGS = 8  # eighths of the blocks are checkpointed: each estimate takes seconds
-CURES = {"training": "a smaller --resolution or --train_batch_size", None: "a smaller --resolution",
-         "latents": "a smaller --resolution, or a VAE that does without float32,",
-         "decoding": "a smaller --validation_resolution, or a VAE that does without float32,"}
-CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as sold, 2**30 bytes each: what is over here is for the context
-
-
-def free_gb(device: torch.device) -> float | None:
-    """The memory that a run may take on a device, workspaces and fragmentation left out; None if nobody knows."""
-    return torch.cuda.mem_get_info(device)[0] / GB - 0.5 if device.type == "cuda" else None
-
-
-def within_budget(run: Run) -> tuple[Run, float | None]:
-    """Return the run with flags that fit, where they are to be chosen, and the GB that it may take if these are known.
-
-    Nothing is estimated unless a flag asks for it, as that takes half a minute. Raises UserError.
-    """
-    args = run.args
-    budget = broadcast_object_list([args.vram_budget or free_gb(run.device)])[0]  # alike on all ranks
-    if args.vram_budget or args.checkpoint_blocks == AUTO_BLOCKS:
-        if budget is None:
-            raise UserError(f"--checkpoint_blocks auto cannot tell how much memory {run.device} has: add "
-                            "--vram_budget.")
-        run, told = fit_budget(run, budget)
-        say([("Memory", told)])
-    return run, budget
-
-
-def fit_budget(run: Run, budget: float) -> tuple[Run, str]:
-    """The run with the flags, cheapest in time first, whose phases all fit in that many GB, and a line about them.
-
-    Raises UserError with the smallest budget that would do.
-    """
-    args, all_ = run.args, len(blocks_of(sketch(run.base, "unet")))
-    least = min(all_, max(0, checkpointed(args)))  # what was asked for stays
-    smaller = ("int8", "nf4") if args.base_precision == "auto" and not args.use_dora else ()  # DoRA needs it unpacked
-    ladder = [(args.base_precision, max(least, round(all_ * rung / RUNGS))) for rung in range(RUNGS + 1)]
-    ladder = [*dict.fromkeys(ladder), *((precision, all_) for precision in smaller)]
-
-    def fit(precision: str, count: int) -> Run:
-        chosen = {"base_precision": precision, "checkpoint_blocks": count,
-                  "gradient_checkpointing": args.gradient_checkpointing or count == all_,
-                  "vram_budget": None}  # a run that starts again from its settings has chosen
-        return replace(run, args=argparse.Namespace(**{**vars(args), **chosen}))
-
-    @functools.cache
-    def cost(phase: str, precision: str, count: int) -> MemoryMeter:
-        return rehearse(fit(precision, count), phase)
-
-    def rung(number_: int) -> tuple[Run, str, float]:
-        precision, count = ladder[number_]
-        fitted = fit(precision, count)
-        # to the other phases it matters only whether blocks are checkpointed
-        costs = {phase: cost(phase, precision, count if phase == "training" else min(count, 1))
-                 for phase in phases_of(fitted)}
-        return fitted, *largest(costs)
-
-    found = bisect.bisect_left(range(len(ladder)), True, key=lambda number_: rung(number_)[2] <= budget)
-    fitted, name, peak = rung(min(found, len(ladder) - 1))
-    if peak > budget:
-        asked = f"--vram_budget {budget:.3g}" if args.vram_budget else f"a card of {budget:.3g} GB"
-        raise UserError(f"{asked} is too small: with all that saves memory the largest phase, "
-                        f"{name}, takes {math.ceil(100 * peak) / 100:g} GB; {CURES.get(name, CURES[None])} helps.")
-    return fitted, (f"--base_precision {fitted.args.base_precision} --checkpoint_blocks "
-                    f"{fitted.args.checkpoint_blocks}: the largest phase, {name}, takes {peak:.3g} of {budget:.3g} GB")
 
 
 # -------------------------------------------------------------------------------------------------------------- entry
@@ -5974,14 +5282,11 @@ def local_main_first(accelerator: Accelerator, cpu_group: Any) -> Iterator[None]
 
 def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     """Set accelerate up, agree on a seed, read the base model's configuration. Raises UserError; loads no weights."""
-    thumbnail.cache_clear()  # an earlier run in the same notebook may have drawn others
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
-    if args.base_precision == "fp8":
-        check_fp8(accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     quiet(args.log_level)  # a notebook's children know their ranks only now
@@ -5997,16 +5302,7 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     check_clip_skip(base, args.clip_skip)
     scheduler = with_prediction(scheduler, args.prediction_type, args.rescale_betas_zero_snr)
     return Run(args, accelerator, stop, waiting, broadcast_object_list(seed)[0], base, vae, store,
-               PhaseMemory(accelerator.device), scheduler, zeros, factor, prompts=tuple(prompts_to_draw(args)))
-
-
-def check_fp8(device: torch.device) -> None:
-    """Store a number in float8 and take it back. Raises UserError on a device that cannot."""
-    try:
-        torch.ones(1, device=device).to(torch.float8_e4m3fn).to(torch.float16)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise UserError(f"--base_precision fp8: {device} has no float8 ({first_line(error)}); int8 needs as "
-                        "little.") from error
+               PhaseMemory(accelerator.device), scheduler, zeros, factor, prompts=tuple(validation_prompts(args)))
 
 
 def check_xformers(device: torch.device) -> None:
@@ -6026,12 +5322,32 @@ def say(rows: Iterable[tuple[str, str]]) -> None:
     logger.info("\n".join(f"{name:10}{text}".replace("\n", " ") for name, text in rows if text))
 
 
+def meta_model(source: Source, part: str) -> nn.Module:
+    """Make a part on the meta device, frozen, from its configuration file alone. Raises UserError."""
+    kind, keywords = PART_CLASSES[part], source.keywords(part)
+    with torch.device("meta"), reading(source, part):
+        if part in TEXT_ENCODERS:
+            return kind(CLIPTextConfig.from_pretrained(source.name, **keywords)).requires_grad_(False)
+        return kind.from_config(kind.load_config(source.name, **keywords)).requires_grad_(False)
+
+
+def adapt_meta_models(args: argparse.Namespace, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
+    """Add what is trained to models on the meta device."""
+    add_adapters(args, unet)
+    for encoder in encoders if args.train_text_encoder else ():
+        add_adapters(args, encoder)
+    for encoder in encoders if args.train_text_encoder_ti else ():
+        known = encoder.get_input_embeddings()
+        rows = torch.zeros(sum(map(len, new_tokens(args).values())), known.embedding_dim)
+        encoder.set_input_embeddings(NewTokens(known, known.num_embeddings, rows))
+
+
 def describe_adapters(run: Run) -> str:
     """What will be trained: kind, rank, layers, parameters, megabytes; no weights are read. Raises UserError."""
     args = run.args
-    parts = {part: sketch(run.base, part) for part in ("unet", *(TEXT_ENCODERS if trains_text(args) else ()))}
+    parts = {part: meta_model(run.base, part) for part in ("unet", *(TEXT_ENCODERS if trains_text(args) else ()))}
     unet, *encoders = parts.values()
-    adapt_sketch(args, unet, encoders)
+    adapt_meta_models(args, unet, encoders)
     layers = {part: [layer for layer in model.modules() if hasattr(layer, "lora_A")] for part, model in parts.items()}
     told = [f"rank {', '.join(map(str, sorted({layer.r['default'] for layer in own})))} on {len(own)} layers of the "
             f"{part.replace('unet', 'UNet')}" for part, own in layers.items() if own]
@@ -6061,14 +5377,14 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
     batch, passes = schedule.samples_per_step, schedule.total_steps / schedule.steps_per_epoch
     scale = batch if args.scale_lr and args.optimizer != "prodigy" else 1
     of_class = {
-        None: "", "dco": "direct consistency: no prediction goes far from the base model's",
-        "pictures": f'{args.num_class_images} pictures of "{args.class_prompt}", drawn if missing',
+        None: "",
+        "pictures": f'{args.num_class_images} pictures of "{args.class_prompt}", generated if missing',
         "base_model": f'what the base model predicts for "{args.class_prompt}"'}
     facts = {
         "Subject": f'{run.pictures} picture{"s" * (run.pictures > 1)}, {wide} pixels wide and {high} high: '
                    f'"{prompts[0]}"{more}',
         "Buckets": shapes if args.aspect_ratio_buckets else "",
-        "Class": of_class[args.prior_preservation],
+        "Class": of_class[prior_kind(args)],
         "Base": f"{args.pretrained_model_name_or_path} in {run.accelerator.mixed_precision.replace('no', 'fp32')}"
                 f"{packed} on {run.device}{prediction_of(run.scheduler)}",
         "VAE": args.pretrained_vae_model_name_or_path or "",
@@ -6082,7 +5398,7 @@ def facts_of(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: S
 
 def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: Sequence[Bucket],
                  schedule: Schedule) -> None:
-    """Tell of what is odd about pictures and captions, and of a run that is too short."""
+    """Warn of files that are not used, of captions without the instance prompt, and of a run that is too short."""
     planned = args.steps_per_image == AUTO
     if args.lr_scheduler != "constant" and schedule.warmup_steps < args.lr_warmup_steps and not planned:
         logger.warning("warning: --lr_warmup_steps %d is the whole run of %d steps; a tenth of it is taken.",
@@ -6093,41 +5409,15 @@ def warn_of_data(args: argparse.Namespace, subject: Sequence[Sample], buckets: S
     if args.instance_prompt and not any(args.instance_prompt in sample.prompt for sample in subject):
         logger.warning("warning: all pictures have captions, and --instance_prompt is in none of them; "
                        "{instance_prompt} in a caption stands for it.")
-    for fault in examine(args, subject, buckets) if is_first_rank() else ():
-        logger.warning("warning: %s", fault)
-
-
-def say_estimate(run: Run, budget: float | None) -> None:
-    """Tell what each phase takes, computed, and whether that fits."""
-    costs = estimate_memory(run)
-    logger.info("%-15s%9s%9s%9s%9s%9s%10s", "computed", "peak GB", "frozen", "trained", "at work", "TFLOP", "launches")
-    for phase, cost in costs.items():
-        sizes = (cost.peak, cost.weights - cost.trained, cost.trained, cost.peak - cost.weights)
-        logger.info("%-15s%9.3f%9.3f%9.3f%9.3f%9.3g%10s", phase, *(size / GB for size in sizes), cost.flops / 1e12,
-                    f"{cost.launches:,}")
-    logger.info("Trained are adapters and moments; at work is what else lives at the peak, gradients included.")
-    logger.info("Operations are those of one picture, one prompt, one denoising step and one training step.")
-    name, peak = largest(costs)
-    room = budget or next((card for card in CARDS if peak <= card), CARDS[-1])
-    if peak <= room:
-        logger.info("It fits in %.3g GB with %.1f GB to spare; most, %.3g GB, is taken by %s.",
-                    room, room - peak, peak, name)
-    else:
-        try:
-            told = f", but would with {fit_budget(run, room)[1]}"
-        except UserError as error:
-            told = f": {error}"
-        logger.info("It does not fit in %.3g GB%s", room, told)
+    for problem in unused_files(args) if is_first_rank() else ():
+        logger.warning("warning: %s", problem)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train as args say, or tell what it would take."""
+    """Train as args say; with --dry_run, print the plan."""
     started = time.perf_counter()
-    with StopSignals(args.max_train_minutes, args.checkpointing_minutes) as stop:
-        run, budget = within_budget(start(args, stop))
-        if args.estimate_memory:
-            say_estimate(run, budget)
-            return
+    with StopSignals(args.max_train_minutes) as stop:
+        run = start(args, stop)
         objective = make_objective(args, run.scheduler, run.device)
         if run.args.dataset_name:  # a folder was checked at the door
             with local_main_first(run.accelerator, run.waiting_group):
@@ -6144,7 +5434,6 @@ def main(args: argparse.Namespace) -> None:
         warn_of_data(run.args, subject, buckets, schedule)
         warn_of_long_prompts(run, prompts_of(run, subject))
         if run.args.dry_run:
-            say_estimate(run, budget)
             return
         repo = create_repository(args) if args.push_to_hub and run.accelerator.is_main_process else args.output_dir
         with alone_in(run.output, run.store.folder), trackers_of(run), explained(run):
@@ -6164,7 +5453,8 @@ def explained(run: Run) -> Iterator[None]:
     except RuntimeError as error:  # gloo, cuBLAS and the host's memory raise nothing more special
         if isinstance(error, torch.OutOfMemoryError) or re.search("can't allocate memory|ALLOC_FAILED", str(error)):
             raise TrainingError(f"{run.device} is out of memory ({first_line(error)[:90]}). What was written before "
-                                "is whole; --vram_budget with your card's GB chooses flags that fit.") from error
+                                "is whole; --gradient_checkpointing needs less, and --base_precision int8 with it."
+                                ) from error
         lost = isinstance(error, torch.distributed.DistError) or re.search("gloo|peer|timed out", str(error), re.I)
         if run.accelerator.num_processes == 1 or not lost:
             raise
@@ -6191,14 +5481,12 @@ def teach(run: Run, objective: Objective, repo: str, subject: Sequence[Sample], 
     order = Order(rows, range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
     check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
-    report = functools.partial(write_report, run, subject, buckets)
-    events = Events(make_validator(run, model, table, report), make_settler(args, model, table, schedule.total_steps),
-                    make_monitor(run, model, cache, table, objective))
+    events = Events(make_validator(run, model, table), make_settler(args, model, table, schedule.total_steps))
     batch_at = functools.partial(cache.batch, table, order, stride=run.accelerator.num_processes)
     outcome = train(run, model, batch_at, objective, events, schedule, cache.digest, cache.pictures)
     run.stop.at_once = AFTER_TRAINING
     if run.accelerator.is_main_process:
-        finish(run, model, outcome, repo, subject, facts, report, (time.perf_counter() - started) / 60)
+        finish(run, model, outcome, repo, subject, facts, (time.perf_counter() - started) / 60)
     return outcome
 
 
@@ -6232,23 +5520,20 @@ def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: S
 
 
 def finish(run: Run, model: TrainableSDXL, outcome: Outcome, repo: str, subject: Sequence[Sample],
-           facts: dict[str, str], report: Callable[[], None], minutes: float) -> None:
+           facts: dict[str, str], minutes: float) -> None:
     """Write LoRA and card, push them unless the run was stopped, and tell where everything is."""
     path, address = run.output / LORA_FILE, ""
     gallery = write_card(run, repo, outcome.step, subject, facts)
-    report()
     if run.args.push_to_hub and not outcome.stopped_by:
         address = push(run.args, repo, gallery)
     say([
         ("Done", f"{outcome.step} steps, {minutes:.1f} minutes in all, "
-                 + (f"loss {outcome.loss:.4f}" if math.isfinite(outcome.loss) else "none of them taken now")
-                 + (f"; {outcome.skipped} steps were skipped, their numbers not finite" if outcome.skipped else "")),
+                 + (f"loss {outcome.loss:.4f}" if math.isfinite(outcome.loss) else "none of them taken now")),
         ("Memory", ", ".join(f"{phase} {peak:.2f} GB" for phase, peak in run.memory.measure().items() if peak > 5e-3)),
         ("Compiled", graphs_compiled()),
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),
         ("Pictures", f"{run.output / 'progress.png'}" if run.prompts else ""),
-        ("Report", f"{run.output / 'report.html'}"),
         ("Card", f"{run.output / 'README.md'}"),
         ("Hub", address),
     ])

@@ -2,7 +2,6 @@
 
     python benchmarks/crafts.py --out /tmp/crafts                              # every method: a night on two cores
     python benchmarks/crafts.py --out /tmp/crafts --methods plain min-SNR DoRA --seeds 1
-    python benchmarks/crafts.py --out /tmp/crafts --rates 5e-4 1e-3 2e-3       # which rule would have stopped in time?
     python benchmarks/crafts.py --measured > benchmarks/crafts.md              # the tables again, in seconds
 
 The rate is constant after its warm-up, so that a checkpoint is what a run of so many steps leaves, and one run tells a
@@ -53,50 +52,37 @@ TOKENS = "<s0><s1>"
 METHODS = {
     "plain": {},
     "prior pictures": {"with_prior_preservation": True},
-    "prior base_model": {"prior_preservation": "base_model"},
-    "prior dco": {"prior_preservation": "dco"},
+    "prior base_model": {"with_prior_preservation": True, "class_data_dir": None},
     "text encoders": {"train_text_encoder": True, "text_encoder_lr": 3e-4},
-    "new tokens": {"train_text_encoder_ti": True, "train_text_encoder_ti_frac": 1.0, "token_lr": 3e-3},
+    "new tokens": {"train_text_encoder_ti": True, "train_text_encoder_frac": 1.0, "token_lr": 3e-3},
     "min-SNR": {"snr_gamma": 5},
     "debiased": {"loss_weighting": "debiased"},
-    "p2": {"loss_weighting": "p2"},
     "huber": {"loss_type": "huber"},
-    "smooth l1": {"loss_type": "smooth_l1"},
     "noise offset": {"noise_offset": 0.05},
-    "perturbation": {"input_perturbation": 0.1},
     "logit-normal": {"timestep_bias": "logit-normal"},
-    "earlier": {"timestep_bias": "earlier"},
-    "later": {"timestep_bias": "later"},
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
-    "PiSSA": {"lora_init": "pissa"},
-    "OLoRA": {"lora_init": "olora"},
-    "orthogonal": {"lora_init": "orthogonal"},
-    "kaiming": {"lora_init": "kaiming"},
     "LoRA+": {"loraplus_lr_ratio": 16, "learning_rate": 2.5e-4},
     "LoRA+, same rate": {"loraplus_lr_ratio": 16},
-    "attention+ff": {"lora_preset": "attention+ff"},
-    "full": {"lora_preset": "full"},
+    "attention+ff": {"lora_layers": "attention+ff"},
+    "full": {"lora_layers": "full"},
     "EMA": {"use_ema": True, "ema_half_life": 20},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1},
     "schedule-free": {"optimizer": "schedule_free"},
     "adafactor": {"optimizer": "adafactor"},
-    "lion 8 bit": {"optimizer": "lion8bit", "learning_rate": 6e-4},
-    "lion 8 bit at 1e-4": {"optimizer": "lion8bit", "learning_rate": 1e-4},
     "auto, 5 pictures": {"steps_per_image": "auto", "pictures": 5},
     "auto, 3 pictures": {"steps_per_image": "auto", "pictures": 3, "train_batch_size": 3},
     "bf16": {"mixed_precision": "bf16"},
     "bf16 autocast": {"mixed_precision": "bf16", "autocast": True},
     "fp16": {"mixed_precision": "fp16"},
     "fp16 autocast": {"mixed_precision": "fp16", "autocast": True},
-    "base in fp8": {"base_precision": "fp8"},
     "base in int8": {"base_precision": "int8"},
     "base in nf4": {"base_precision": "nf4"},
 }
-
-
+REMOVED = ("prior dco", "p2", "smooth l1", "perturbation", "earlier", "later", "PiSSA", "OLoRA", "orthogonal",
+           "kaiming", "lion 8 bit", "lion 8 bit at 1e-4", "base in fp8")  # up to 3cef2f2: removed for what they show
 NO_FLAGS = ("pictures", "autocast")  # what this file does for a method
-PICTURED = ("plain", "prior pictures", "prior base_model", "prior dco", "text encoders", "p2", "EMA", "prodigy")
+PICTURED = ("plain", "prior pictures", "prior base_model", "text encoders", "debiased", "DoRA", "EMA", "prodigy")
 
 
 class Run(NamedTuple):
@@ -115,19 +101,19 @@ class Run(NamedTuple):
     def flags(self, out: Path, steps: int) -> dict[str, object]:
         """Its command line."""
         class_name, method = SUBJECTS[self.subject], METHODS[self.method]
-        rate = {} if self.rate is None else {"learning_rate": self.rate, "monitor_steps": 25}
         word = "TOK" if "train_text_encoder_ti" in method else "sks"
-        prior = {"class_data_dir": out / f"{class_name}-pictures"} if "with_prior_preservation" in method else {}
+        prior = {"class_prompt": f"a photo of a {class_name}", "class_data_dir": out / f"{class_name}-pictures"}
+        prior = prior if "with_prior_preservation" in method else {}
+        flags = {**FLAGS, **prior, **method}
         return {
             "pretrained_model_name_or_path": TOY / "model",
             "instance_data_dir": some_pictures(self.subject, method.get("pictures"), out),
             "instance_prompt": f"a photo of a {word} {class_name}",
-            "class_prompt": f"a photo of a {class_name}",
             "output_dir": self.folder(out),
             "cache_latents_dir": out / "cache",
             "seed": self.seed,
             **({} if "steps_per_image" in method else {"max_train_steps": steps}),
-            **{name: value for name, value in {**FLAGS, **method, **rate, **prior}.items() if name not in NO_FLAGS},
+            **{name: value for name, value in flags.items() if value is not None and name not in NO_FLAGS},
         }
 
 
@@ -173,7 +159,7 @@ class Found(NamedTuple):
     seconds: float  # of a processor
     machine: str  # by its kernels; other machines' seconds are other seconds
     curve: dict[int, dict[str, float]]  # what was judged, by step
-    monitor: dict[int, dict[str, float]]  # what the run's own monitor said at these steps
+    monitor: dict[int, dict[str, float]]  # fit, drift and their rest at these steps, up to 3cef2f2
 
 
 class Record:
@@ -257,9 +243,7 @@ def study(run: Run, out: Path, steps: int, eyes: Eyes) -> Found:
     curve = {step: eyes.look(run, folder) for step, folder in folders.items()}
     rounded = {name: round(value) for name, value in curve[max(curve)].items()}
     print(*run, rounded, f"{seconds:.0f} s", file=sys.stderr, flush=True)
-    said = {step: {name: value for name, value in history[step].items() if name.startswith("monitor/")}
-            for step in curve if step in history}
-    return Found(seconds, torch.backends.cpu.get_cpu_capability(), curve, said)
+    return Found(seconds, torch.backends.cpu.get_cpu_capability(), curve, {})
 
 
 def steps_to(curve: dict[int, dict[str, float]], percent: float) -> float:
@@ -272,7 +256,7 @@ def score(seen: dict[str, float]) -> float:
     return (seen["subject shown"] + seen["place right"] + seen["class kept"]) / 3
 
 
-RULES = {  # from what the monitor said, by step, to a step
+RULES = {  # from loss on the subject (fit) and change of the class (drift), by step, to a step
     "the last": lambda seen: max(seen),
     "DVAR < 0.15": lambda seen: next((s for s, e in seen.items() if e.get("monitor/rest", 1) < 0.15), max(seen)),
     "least fit + drift": lambda seen: min(seen, key=lambda s: seen[s]["monitor/fit"] + seen[s]["monitor/drift"]),
@@ -339,11 +323,16 @@ drew them).
 
 {methods}
 
+The trainer has these no longer, as they were not better than what it keeps (measured with commit 3cef2f2):
+
+{removed}
+
 ## When to stop
 
 Without prior, at rates of 5e-4, 1e-3 and 2e-3: a step's score is the mean of shown, right and kept; this is what a
-rule for choosing one of the steps 50, 100, 150 and 200, from what `--monitor_steps` tells, loses against the best of
-them, over {runs} runs.
+rule for choosing one of the steps 50, 100, 150 and 200 loses against the best of them, over {runs} runs. Fit is the
+loss on the subject's pictures at fixed noise, drift the change of the predictions for the class prompt. No rule is
+better than the last step by enough, so the flag that computed them, `--monitor_steps`, was removed.
 
 {rules}
 """
@@ -384,7 +373,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pictures", type=int, default=3, help="a place; six times as many in all")
-    parser.add_argument("--rates", nargs="*", type=float, default=[], help="instead of methods: what stops in time?")
     parser.add_argument("--measured", action="store_true", help="train nothing: tell what was found before")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -393,10 +381,8 @@ def main() -> None:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     record, eyes = Record(args.out, args.steps, args.pictures), None
-    seeds, kinds = range(args.seeds), [("plain", rate) for rate in args.rates]
-    kinds = kinds or [(method, None) for method in args.methods]
-    wanted = [Run(subject, method, seed, rate)
-              for method, rate in kinds for seed in seeds for subject in args.subjects]
+    wanted = [Run(subject, method, seed)
+              for method in args.methods for seed in range(args.seeds) for subject in args.subjects]
     for run in wanted if not args.measured else ():
         if not record.found[run]:
             eyes = eyes or Eyes(args.pictures)
@@ -405,15 +391,17 @@ def main() -> None:
     studies = {method: [found for run in wanted if run.method == method for found in record.found[run]]
                for method in args.methods}
     studies = {method: runs for method, runs in studies.items() if runs}
-    methods = table(studies, pace_of(studies.get("plain", ())))
+    pace = pace_of(studies.get("plain", ()))
     if args.measured:
-        print(PAGE.format(methods=methods, runs=len(told_of), rules=stopping(told_of)), end="")
+        removed = {method: [found for run, runs in record.found.items() if run.method == method for found in runs]
+                   for method in REMOVED}
+        print(PAGE.format(methods=table(studies, pace), removed=table(removed, pace), runs=len(told_of),
+                          rules=stopping(told_of)), end="")
     else:
-        print(stopping(told_of) if args.rates else methods)
-    if not args.rates:
-        shown = PICTURED if args.measured else args.methods
-        curves = {method: runs for method, runs in studies.items() if method in shown and len(runs[0].curve) > 1}
-        picture(dict(list(curves.items())[:8])).save(args.out / "trade_off.png")
+        print(table(studies, pace))
+    shown = PICTURED if args.measured else args.methods
+    curves = {method: runs for method, runs in studies.items() if method in shown and len(runs[0].curve) > 1}
+    picture(dict(list(curves.items())[:8])).save(args.out / "trade_off.png")
 
 
 if __name__ == "__main__":

@@ -83,22 +83,22 @@ def start_run(base: Path, folder: Path, flags: list[str], resolution: int) -> tr
         "mixed_precision": "bf16",
         "report_to": "none",
     }
-    words = ["--estimate_memory", *(f"--{key}={value}" for key, value in common.items())]  # which needs no weights
-    return trainer.start(trainer.parse_args([*words, *flags]))
+    words = [f"--{key}={value}" for key, value in common.items()]
+    return trainer.start(trainer.parse_args([*words, *flags], with_weights=False))
 
 
 def random_weights(
     source: trainer.Source, part: str, dtype: torch.dtype, device: torch.device | None = None
 ) -> nn.Module:
     """A part with random weights, in place of load_part."""
-    model = trainer.sketch(source, part).to(dtype).to_empty(device=device or "cpu")
+    model = trainer.meta_model(source, part).to(dtype).to_empty(device=device or "cpu")
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor.fill_(1.0) if "norm" in name and name.endswith("weight") else tensor.normal_(0, 0.01)
         for name, tensor in model.named_buffers():
             if name.endswith("position_ids"):
                 tensor.copy_(torch.arange(tensor.shape[-1])[None])
-    return trainer.make_lean(model.eval()) if part == "vae" else model.eval()
+    return model.eval()
 
 
 def random_batch(run: trainer.Run, model: trainer.TrainableSDXL, rows: int) -> trainer.Batch:

@@ -14,7 +14,6 @@ import argparse
 import functools
 import gc
 import json
-import math
 import os
 import shutil
 import statistics
@@ -34,7 +33,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORME
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy_world"
 SCRIPT = ROOT / "train_dreambooth_lora_sdxl.py"
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(TOY)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks"), str(TOY)]
 
 STAGES = [  # one after the other; in each, processes beside each other with one or more parts in turn
     [("toy", "exact"), ("computed",)],
@@ -215,7 +214,7 @@ def step(lab: Lab, emit: Emit) -> None:
 
 def smaller(tiny: bool, folder: Path, emit: Emit) -> None:
     """Time the same in fp16 and with quantized weights; each needs a model of its own."""
-    sets = {"fp16": ["--mixed_precision=fp16"], "int8": ["--base_precision=int8"], "fp8": ["--base_precision=fp8"],
+    sets = {"fp16": ["--mixed_precision=fp16"], "int8": ["--base_precision=int8"],
             "nf4": ["--base_precision=nf4"]}
     for name, flags in sets.items():
         if name == "nf4" and not importable("bitsandbytes"):
@@ -267,7 +266,7 @@ def compare_gradients(lab: Lab, batch: Any, emit: Emit) -> None:
 
 
 def kernels(lab: Lab, emit: Emit) -> None:
-    """Measure what the trainer's own code gains: the fused LoRA forward, the order of blocks, the VAE in strips."""
+    """Measure what the trainer's own code gains: the fused LoRA forward, the order of blocks."""
     torch, trainer, batch = lab.torch, lab.trainer, lab.random_batch(1)
     fused, plain = lab.model, trainer.TrainableSDXL(lab.model.unet, compiled=True)
     for name, model in (("fused LoRA forward", fused), ("plain LoRA forward", plain)):
@@ -280,7 +279,7 @@ def kernels(lab: Lab, emit: Emit) -> None:
         lab.recompute(half)
         emit(what=f"the {name} half of the blocks recomputed", **lab.compare({name: (True, lab.ours(batch))})[name])
     lab.recompute([])
-    for name in ("strips", "whole", "tiles"):
+    for name in ("whole", "tiles"):
         for dtype in (torch.bfloat16, torch.float32):
             what = f"VAE decodes in {name}, {str(dtype).partition('.')[2]}"
             with report_error(emit, what=what):
@@ -288,33 +287,28 @@ def kernels(lab: Lab, emit: Emit) -> None:
 
 
 def decoding(lab: Lab, name: str, dtype: Any) -> dict[str, float]:
-    """Return seconds and peak GB of decoding a picture: by strips, whole layers, or diffusers' tiles."""
+    """Return seconds and peak GB of decoding a picture whole, or in diffusers' tiles."""
     torch, trainer, side = lab.torch, lab.trainer, 8 if lab.tiny else 128
     lab.allocated = torch.cuda.memory_allocated() if lab.on_gpu else 0
-    vae, usual = trainer.load_part(lab.run.vae, "vae", dtype, lab.device), trainer.WHOLE
+    vae = trainer.load_part(lab.run.vae, "vae", dtype, lab.device)
     if name == "tiles":
         vae.enable_tiling()
     latents = torch.randn(1, 4, side, side, device=lab.device, dtype=dtype)
-    trainer.WHOLE = usual if name == "strips" else math.inf
-    try:
-        trainer.decode_latents(vae, [latents])
-        with lab.peak() as peak:
-            taken = lab.seconds(lambda: trainer.decode_latents(vae, [latents]), 1 if lab.tiny else 3)
-    finally:
-        trainer.WHOLE = usual
+    trainer.decode_latents(vae, [latents])
+    with lab.peak() as peak:
+        taken = lab.seconds(lambda: trainer.decode_latents(vae, [latents]), 1 if lab.tiny else 3)
     return {"seconds": taken, "peak_gb": peak["gb"]}
 
 
 def computed(tiny: bool, folder: Path, emit: Emit) -> None:
-    """Compute what estimate_memory says, which the part `estimate` compares with the card."""
+    """Compute what tools/estimate_memory.py says, which the part `estimate` compares with the card."""
+    import estimate_memory
     import full_size
-
-    import train_dreambooth_lora_sdxl as trainer
 
     base = TOY / "model" if tiny else full_size.write_configuration(folder / "sdxl")
     for name, flags in ESTIMATED.items():
         run = full_size.start_run(base, folder, flags, 64 if tiny else 1024)
-        for phase, cost in trainer.estimate_memory(run).items():
+        for phase, cost in estimate_memory.estimate_memory(run).items():
             emit(flags=name, phase=phase, gb=cost.peak / 1e9, tflop=cost.flops / 1e12)
 
 
@@ -398,7 +392,7 @@ def toy(tiny: bool, folder: Path, emit: Emit) -> None:
     runs = {}
     for precision in ("no", "bf16", "fp16") if on_gpu else ("no", "bf16"):
         flags = [f"--mixed_precision={precision}", f"--output_dir={folder / precision}", "--report_to=none"]
-        flags += ["--max_train_steps=2", "--num_validation_images=1", "--validation_num_inference_steps=2"] * tiny
+        flags += ["--max_train_steps=2", "--num_validation_images=1", "--validation_prompt=a dog --s 2"] * tiny
         runs[precision] = time.perf_counter(), start(["--config", str(TOY / "sks_dog.yaml"), *flags])
     for precision, (began, process) in runs.items():
         errors = process.communicate()[1]
@@ -461,7 +455,7 @@ def exact(tiny: bool, folder: Path, emit: Emit) -> None:
 
     def words(precision: str, name: str, *more: str) -> list[str]:
         return [*common, f"--mixed_precision={precision}", f"--output_dir={folder / f'{precision}-{name}'}",
-                "--validation_steps=10000", "--num_validation_images=1", "--validation_num_inference_steps=2", *more]
+                "--validation_steps=10000", "--num_validation_images=1", "--validation_prompt=a dog --s 2", *more]
 
     kinds = {"whole": [f"--max_train_steps={steps}"], "again": [f"--max_train_steps={steps}"],
              "graph": [f"--max_train_steps={steps}", "--cuda_graph"], "resumed": [f"--max_train_steps={steps // 2}"]}

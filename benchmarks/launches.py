@@ -18,8 +18,9 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
+import estimate_memory
 import torch
 from full_size import write_configuration
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ CAUSES = {  # by the beginning of an operator's name; views are told by themselv
 }
 
 
-class ByCause(trainer.MemoryMeter):
+class ByCause(estimate_memory.MemoryMeter):
     """Counts operators by cause, too."""
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class ByCause(trainer.MemoryMeter):
 
 def fake_unet(base: Path, adapted: bool) -> nn.Module:
     """The full-size UNet, ready to be given storage in fake mode."""
-    unet = trainer.sketch(trainer.Source(str(base)), "unet")
+    unet = trainer.meta_model(trainer.Source(str(base)), "unet")
     if adapted:
         flags = trainer.make_parser().parse_args(["--pretrained_model_name_or_path", str(base)])
         trainer.add_adapters(flags, unet)
@@ -139,7 +140,7 @@ def count(base: Path, step: Callable, adapted: bool) -> tuple[dict[str, int], Co
     """Run one step in fake mode; returns its operators by part and by cause."""
     unet = fake_unet(base, adapted)
     with FakeTensorMode(allow_non_fake_inputs=True), ByCause() as meter:
-        return step(trainer.give_storage(unet, DTYPE), meter), meter.causes
+        return step(estimate_memory.give_storage(unet, DTYPE), meter), meter.causes
 
 
 def main() -> None:

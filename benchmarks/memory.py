@@ -17,8 +17,9 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
+import estimate_memory
 import torch
 from full_size import start_run, training_step, write_configuration
 
@@ -26,9 +27,8 @@ import train_dreambooth_lora_sdxl as trainer
 
 RECIPES = {
     "half, all kept": [],
-    "half, 50 of 87 blocks": ["--checkpoint_blocks=50"],
+    "half, 50 of 87 blocks": ["--gradient_checkpointing=50"],
     "half": ["--gradient_checkpointing"],
-    "fp8": ["--gradient_checkpointing", "--base_precision=fp8"],
     "int8": ["--gradient_checkpointing", "--base_precision=int8"],
     "nf4": ["--gradient_checkpointing", "--base_precision=nf4"],
     "nf4, all kept": ["--base_precision=nf4"],
@@ -37,20 +37,20 @@ RECIPES = {
 
 def computed(run: trainer.Run) -> dict[str, int]:
     """Bytes of every phase, class pictures included."""
-    costs = {**trainer.estimate_memory(run), "class pictures": trainer.rehearse(with_prior(run), "class pictures")}
+    costs = estimate_memory.estimate_memory(run)
+    costs["class pictures"] = estimate_memory.estimate_phase(with_prior(run), "class pictures")
     return {phase: cost.peak for phase, cost in costs.items()}
 
 
 def with_prior(run: trainer.Run) -> trainer.Run:
     """The same run with class pictures: a step has two rows."""
-    args = argparse.Namespace(**{**vars(run.args), "prior_preservation": "pictures"})
-    return trainer.replace(run, args=args)
+    return estimate_memory.with_flags(run, with_prior_preservation=True, class_data_dir="class", class_prompt="a dog")
 
 
 def measured(run: trainer.Run) -> dict[str, float]:
     """Bytes that two real training steps make: tensors counted, and the growth of the process or the GPU."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with trainer.MemoryMeter() as meter:
+    with estimate_memory.MemoryMeter() as meter:
         step = training_step(run)
         meter.begin()
         step()
@@ -74,7 +74,8 @@ def main() -> None:
             run = start_run(base, folder, RECIPES[recipe], args.resolution)
             peaks = computed(run)
             told = "  ".join(f"{phase} {peak / 1e9:.2f}" for phase, peak in peaks.items())
-            told += f"; training with class pictures {trainer.rehearse(with_prior(run), 'training').peak / 1e9:.2f}"
+            two_rows = estimate_memory.estimate_phase(with_prior(run), "training").peak
+            told += f"; training with class pictures {two_rows / 1e9:.2f}"
             print(f"{recipe:26} run {max(peaks.values()) / 1e9:.2f} GB = {told}", flush=True)
             if args.measure:
                 found = measured(run)

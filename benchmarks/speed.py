@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 SETS = [
     "",
-    "--checkpoint_blocks=50",
+    "--gradient_checkpointing=50",
     "--gradient_checkpointing",
     "--torch_compile=regional",
     "--torch_compile=full",

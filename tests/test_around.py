@@ -42,7 +42,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "drawn.png").exists() and (tmp_path / "lora-sks-dog" / "progress.png").exists()
     told = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "It fits in" in told and "Done" in told
+    assert told.count("Steps") >= 2 and "Done" in told
 
 
 def test_the_notebook_is_stored_without_outputs():

@@ -67,7 +67,7 @@ def test_the_tables_of_methods_are_what_was_found(tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout == (ROOT / "benchmarks" / "crafts.md").read_text(encoding="utf-8")
-    for name in ("README.md", "README.zh-CN.md"):
+    for name in ("docs/methods.md", "docs/zh/methods.md"):
         written = (ROOT / name).read_text(encoding="utf-8").splitlines()
         rows = [line for line in written if line.startswith("|") and " ± " in line]
         assert len(rows) > 9 and set(rows) <= set(told.stdout.splitlines())

@@ -150,8 +150,10 @@ def test_a_large_cache_stays_on_the_disk_and_gives_the_same_rows(train, tmp_path
     assert_equal(first, train(random_flip=True, max_train_steps=4, output_dir=tmp_path / "second"))
 
 
-def test_variants_are_as_many_as_asked_for(train, tmp_path, encoded):
-    train(random_flip=True, cache_variants=3)
+def test_a_picture_has_eight_views_at_most(train, tmp_path, encoded, monkeypatch):
+    assert trainer.CACHED_CROPS == 8
+    monkeypatch.setattr(trainer, "CACHED_CROPS", 3)
+    train(random_flip=True)
     pictures = [name for name in encoded if name != "prompt"]
     assert max(pictures.count(f"{i}.png") for i in range(5)) == 3
 

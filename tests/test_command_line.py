@@ -1,5 +1,6 @@
 """Mistakes are told at the door: one sentence, exit code 2, nothing left behind, nothing heavy imported."""
 
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from conftest import SCRIPT
 
+import train_dreambooth_lora_sdxl as trainer
 from train_dreambooth_lora_sdxl import UserError, make_parser, parse_args, public_settings
 
 REQUIRED = "pretrained_model_name_or_path"
@@ -120,7 +122,7 @@ def mistake(train, **flags) -> str:
         ({"adam_beta1": 1}, "--adam_beta1"),
         ({"lora_dropout": -1}, "--lora_dropout"),
         ({"seed": -1}, "--seed"),
-        ({"with_prior_preservation": True}, "--class_data_dir"),
+        ({"with_prior_preservation": True}, "--class_prompt"),
         ({"with_prior_preservation": True, "class_data_dir": "x"}, "--class_prompt"),
         ({"pretrained_model_name_or_path": "./no/such/model"}, "no such folder"),
         ({"pretrained_model_name_or_path": str(SCRIPT)}, "no safetensors file"),
@@ -164,6 +166,32 @@ def test_a_base_model_that_is_not_sdxl_is_refused(train, tmp_path):
     assert "is a StableDiffusionPipeline, not SDXL" in mistake(train, pretrained_model_name_or_path=tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     assert "not a diffusers folder" in mistake(train, pretrained_model_name_or_path=tmp_path)
+
+
+@pytest.mark.parametrize("flag", trainer.DROPPED_FLAGS)
+def test_a_dropped_flag_says_what_to_do_instead(train, tmp_path, flag):
+    told = mistake(train, **{flag: "1"})
+    assert told.startswith(f"--{flag} was removed: ") and len(told) < 250
+    named = re.findall(r"--(\w+)", told.partition(": ")[2])
+    known = {action.dest for action in trainer.make_parser()._actions} | {"budget", "s", "l", "w", "h", "n"}
+    assert flag not in known and set(named) <= known
+    accepted = trainer.DROPPED_FLAGS[flag][0]
+    for value in accepted:  # what an older training_config.yaml says of a flag that was not used
+        args = train.args(config=write(tmp_path / "old.yaml", {flag: value}))
+        assert not hasattr(args, flag)
+    with pytest.raises(trainer.UserError, match=f"--{flag} was removed"):
+        train.args(config=write(tmp_path / "old.yaml", {flag: "another"}))
+
+
+@pytest.mark.parametrize(("words", "value"), [
+    ([], False), (["--gradient_checkpointing"], True), (["--gradient_checkpointing", "12"], 12),
+    (["--gradient_checkpointing=True"], True), (["--no-gradient_checkpointing"], False),
+])  # fmt: skip
+def test_gradient_checkpointing_takes_a_number_of_blocks(train, tmp_path, words, value):
+    assert trainer.parse_args([*train.words(), *words]).gradient_checkpointing == value
+    config = write(tmp_path / "config.yaml", {"gradient_checkpointing": value})
+    read = train.args(config=config).gradient_checkpointing
+    assert read == value and type(read) is type(value)
 
 
 def test_class_folder_without_prior_preservation_is_a_warning(train, capsys):

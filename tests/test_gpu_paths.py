@@ -9,7 +9,6 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_monitor import parts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dreambooth_lora_sdxl as trainer
@@ -82,7 +81,8 @@ def test_only_checkpoints_and_loras_are_written_through_to_the_disk(train, tmp_p
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(1) or real(handle))
     counts = []
     for variants in (1, 6):
-        train(cache_variants=variants, random_flip=True, output_dir=tmp_path / str(variants))
+        monkeypatch.setattr(trainer, "CACHED_CROPS", variants)
+        train(random_flip=True, output_dir=tmp_path / str(variants))
         counts.append(len(synced))
         synced.clear()
     assert counts[0] == counts[1] > 0
@@ -132,30 +132,12 @@ def test_a_view_that_is_gone_is_told_though_a_thread_reads_it(train, monkeypatch
         train(max_train_steps=10)
 
 
-def test_the_monitor_measures_what_is_written(train):
-    """With --use_ema the mean of the adapters, as pictures and files have it."""
-    run, cache, table, objective, model = parts(train, use_ema=True)
-    average, adapters = trainer.MovingAverage(list(model.adapters.values()), 50.0), model.adapters.values()
-    monitor = trainer.make_monitor(run, model, cache, table, objective)
-    with torch.no_grad():
-        for mean in average.mean:
-            mean.add_(0.05)
-    of_mean = monitor(2, average)
-    assert of_mean["monitor/drift"] > 0 and monitor(2, trainer.Average())["monitor/drift"] == 0
-    with torch.no_grad():
-        for adapter, mean in zip(adapters, average.mean, strict=True):
-            adapter.copy_(mean)
-    assert monitor(2, trainer.Average()) == of_mean
-    assert model.training and model.is_lean
-
-
 def test_pictures_are_decoded_once_and_not_again_while_their_files_stay(train, pictures, tmp_path, monkeypatch):
     import shutil
 
     made, decoded, real = tmp_path / "made", [], trainer.load_picture
     shutil.copytree(pictures, made)
     monkeypatch.setattr(trainer, "load_picture", lambda path, *rest: decoded.append(Path(path).name) or real(path))
-    monkeypatch.setattr(trainer, "write_report", lambda *_: None)
     monkeypatch.setattr(trainer, "KNOWN_PICTURES", trainer.KnownPictures())
     flags = {"instance_data_dir": made, "cache_latents_dir": tmp_path / "cache", "repeats": 2, "random_flip": True}
     first = train(**flags)
@@ -232,7 +214,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_preset": "full"}, {"use_dora": True}], ids=["linear", "all", "DoRA"])
+@pytest.mark.parametrize("flags", [{}, {"lora_layers": "full"}, {"use_dora": True}], ids=["linear", "all", "DoRA"])
 def test_all_adapters_compute_in_half_precision(train, flags):
     """peft computes convolutions and DoRA in float32 where it is not under autocast."""
     run = trainer.start(train.args(mixed_precision="bf16", **flags))
@@ -251,7 +233,7 @@ def test_all_adapters_compute_in_half_precision(train, flags):
 
 
 def test_convolutions_learn_as_peft_does(train):
-    model = trainer.load_trainable(trainer.start(train.args(lora_preset="full", lora_dropout=0.0)))
+    model = trainer.load_trainable(trainer.start(train.args(lora_layers="full", lora_dropout=0.0)))
     with torch.no_grad():
         for adapter in model.adapters.values():
             adapter.normal_(0, 0.1)
@@ -289,7 +271,7 @@ def test_functions_that_dynamo_gives_up_are_counted(train, monkeypatch, capfd):
 
 
 def test_all_that_recompiles_together_stays_below_the_limit(train, tmp_path, monkeypatch, pictures, capsys):
-    """Buckets, the base model's answers, the monitor, validation, evaluation mode."""
+    """Buckets, the base model's answers, validation, evaluation mode."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     folder = tmp_path / "pictures"
@@ -297,7 +279,7 @@ def test_all_that_recompiles_together_stays_below_the_limit(train, tmp_path, mon
     for width in (16, 32, 48, 64):
         Image.open(pictures / "0.png").resize((width, 16)).save(folder / f"{width}.png")
     flags = {"aspect_ratio_buckets": "16x16,32x16,48x16,64x16", "instance_data_dir": folder, "train_batch_size": 1}
-    flags |= {"prior_preservation": "base_model", "class_prompt": "a dog", "monitor_steps": 2, "max_train_steps": 8}
+    flags |= {"with_prior_preservation": True, "class_prompt": "a dog", "max_train_steps": 8}
     train(**flags, validation_prompt="a dog", num_validation_images=1, log_level="info")
     assert trainer.RECOMPILE_LIMIT.hits == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Compiled")]
@@ -334,8 +316,7 @@ GRAPHED = {  # flags, and how often a step is recorded
     "plain": ({}, 1),
     "accumulation": ({"gradient_accumulation_steps": 3}, 1),
     "dropout": ({"lora_dropout": 0.3}, 1),
-    "prior": ({"prior_preservation": "base_model", "class_prompt": "a dog"}, 1),
-    "dco": ({"prior_preservation": "dco"}, 1),
+    "prior": ({"with_prior_preservation": True, "class_prompt": "a dog"}, 1),
     "text encoders": ({"train_text_encoder": True}, 1),
     "buckets": ({"aspect_ratio_buckets": "16x16,16x24", "train_batch_size": 1, "max_train_steps": 10}, 2),
     "offloaded": ({"gradient_checkpointing": True, "validation_prompt": "a dog", "validation_steps": 2}, 2),

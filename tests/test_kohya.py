@@ -31,7 +31,7 @@ def test_names_of_known_modules(path):
 
 def test_every_module_of_sdxl_has_a_name_of_its_own(tmp_path):
     source = trainer.Source(str(write_configuration(tmp_path / "sdxl")))
-    unet = trainer.sketch(source, "unet")
+    unet = trainer.meta_model(source, "unet")
     modules = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     names = {trainer.kohya_name(f"unet.{name}", 2) for name in modules}
     assert len(modules) == len(names) == 794

@@ -175,7 +175,7 @@ def test_processes_talk_once_a_step_and_never_while_they_accumulate(train, tmp_p
     run_twice(LISTENING, words, tmp_path, free_port)
     for rank in range(2):
         parameters, *heard = json.loads((tmp_path / f"heard-{rank}.json").read_text())
-        step = [*["micro-batch begins", "micro-batch ends"] * 3, f"allreduce_ {4 * parameters}", "allreduce_ 16"]
+        step = [*["micro-batch begins", "micro-batch ends"] * 3, f"allreduce_ {4 * parameters}", "allreduce_ 8"]
         look = ["allreduce_ 4", "allreduce_ 32"]  # at the loss, and at those of the quarters of the timesteps
         assert parameters > 10_000 and heard[heard.index("micro-batch begins") :] == step * 3 + look
 
@@ -290,9 +290,8 @@ def test_two_ranks_share_out_what_is_drawn(train, tmp_path, free_port):
         "class_prompt": "a dog",
         "num_class_images": 5,
         "sample_batch_size": 1,
-        "validation_prompt": "a mug",
+        "validation_prompt": "a mug --s 1",
         "num_validation_images": 3,
-        "validation_num_inference_steps": 1,
         "validation_epochs": 1000,
     }
     launcher = (*TWO, "--num_processes=2", "--num_machines=1", f"--main_process_port={free_port}")

@@ -392,20 +392,26 @@ def test_kohyas_prompts_file(train, tmp_path):
     path = tmp_path / "prompts.txt"
     options = "--n blurry, bad --w 24 --h 32 --d 5 --s 3 --l 6"
     path.write_text(f"# my prompts\n\na cat {options}\n  a dog  \n#a --x\na cat --w=24\n")
-    flags = {"validation_prompts": path, "validation_prompt": "a mug --s 2", "validation_negative_prompt": "ugly"}
-    flags |= {"num_validation_images": 1, "validation_num_inference_steps": 4}
-    found = trainer.prompts_to_draw(train.args(**flags))
-    assert found == [
-        trainer.ValidationPrompt("a mug", "ugly", 16, 16, None, 2, 5.0),
+    def args(**flags):
+        flags = {"num_validation_images": 1, "max_train_steps": 1, **flags}
+        prompts = ["--validation_prompt=a mug --s 2", f"--validation_prompt={path}"]
+        return trainer.parse_args([*train.words(**flags), *prompts])
+
+    def run(**flags):
+        trainer.main(args(**flags))
+        return Path(flags.get("output_dir", train.flags["output_dir"]))
+
+    assert trainer.validation_prompts(args()) == [
+        trainer.ValidationPrompt("a mug", "", 16, 16, None, 2, 5.0),
         trainer.ValidationPrompt("a cat", "blurry, bad", 24, 32, 5, 3, 6.0),
-        trainer.ValidationPrompt("a dog", "ugly", 16, 16, None, 4, 5.0),
-        trainer.ValidationPrompt("a cat", "ugly", 24, 16, None, 4, 5.0),
+        trainer.ValidationPrompt("a dog", "", 16, 16, None, 25, 5.0),
+        trainer.ValidationPrompt("a cat", "", 24, 16, None, 25, 5.0),
     ]
-    output = train(**flags, report_to="tensorboard", max_train_steps=1)
+    output = run(report_to="tensorboard")
     last = output / "validation" / "step-000001"
     assert [Image.open(path).size for path in sorted(last.iterdir())] == [(16, 16), (24, 32), (16, 16), (24, 16)]
     assert Image.open(last / "01.png").info["prompt"] == "a cat"
-    seeded = train(**{**flags, "seed": 9}, output_dir=tmp_path / "b", max_train_steps=1)
+    seeded = run(seed=9, output_dir=tmp_path / "b")
     pairs = [[folder / "validation" / "step-000000" / f"0{i}.png" for folder in (output, seeded)] for i in (0, 1)]
     same = [np.array_equal(Image.open(one), Image.open(other)) for one, other in pairs]
     assert same == [False, True]  # the second has a seed of its own
@@ -425,10 +431,10 @@ def test_kohyas_prompts_file(train, tmp_path):
 def test_what_a_prompts_file_cannot_have_is_refused_by_line(train, tmp_path, line, told):
     (tmp_path / "prompts.txt").write_text(f"a dog\n{line}\n")
     with pytest.raises(trainer.UserError, match=told):
-        train.args(validation_prompts=tmp_path / "prompts.txt")
+        train.args(validation_prompt=tmp_path / "prompts.txt")
     (tmp_path / "prompts.json").write_text("[]")
-    with pytest.raises(trainer.UserError, match="only text files with one prompt a line"):
-        train.args(validation_prompts=tmp_path / "prompts.json")
+    with pytest.raises(trainer.UserError, match="only .txt files with one prompt a line"):
+        train.args(validation_prompt=tmp_path / "prompts.json")
 
 
 def dataset(folder: Path, name: str = "train.parquet", **columns) -> Path:

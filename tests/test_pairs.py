@@ -26,34 +26,29 @@ CRAFTS = {
         "none": {},
         "min-SNR": {"snr_gamma": 5},
         "debiased": {"loss_weighting": "debiased"},
-        "p2": {"loss_weighting": "p2"},
     },
-    "distance": {"l2": {}, "huber": {"loss_type": "huber"}, "smooth_l1": {"loss_type": "smooth_l1"}},
+    "distance": {"l2": {}, "huber": {"loss_type": "huber"}},
     "timesteps": {
         "all": {},
-        "later, offset, perturbed": {"timestep_bias": "later", "noise_offset": 0.1, "input_perturbation": 0.1},
-        "logit-normal": {"timestep_bias": "logit-normal"},
+        "logit-normal, offset": {"timestep_bias": "logit-normal", "noise_offset": 0.1},
         "some": {"min_timestep": 200, "max_timestep": 700},
     },
     "prior": {
         "none": {},
-        "pictures": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
-        "base model": {"prior_preservation": "base_model", "class_prompt": "a dog"},
-        "dco": {"prior_preservation": "dco"},
+        "pictures": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2,
+                     "class_data_dir": "CLASS"},
+        "base model": {"with_prior_preservation": True, "class_prompt": "a dog"},
     },
     "adapter": {
         "LoRA": {},
         "rsLoRA, dropout": {"use_rslora": True, "lora_dropout": 0.2},
         "DoRA": {"use_dora": True},
-        "PiSSA": {"lora_init": "pissa", "rank": 2},
-        "OLoRA": {"lora_init": "olora", "rank": 2},
-        "orthogonal": {"lora_init": "orthogonal"},
     },
     "layers": {
         "attention": {},
-        "attention+ff": {"lora_preset": "attention+ff"},
-        "full": {"lora_preset": "full"},
-        "B-LoRA style": {"lora_preset": "b-lora-style"},
+        "attention+ff": {"lora_layers": "attention+ff"},
+        "full": {"lora_layers": "full"},
+        "a block": {"lora_unet_blocks": "up_blocks.0.attentions.1"},
         "patterns": {"lora_layers": r"attn1\.to_(k|v),proj_out"},
         "blocks, rates, LoRA+": {"lora_unet_blocks": "up_blocks.0=8:2e-2,mid_block", "loraplus_lr_ratio": 4},
     },
@@ -66,14 +61,12 @@ CRAFTS = {
     "precision": {
         "fp32": {},
         "bf16": {"mixed_precision": "bf16"},
-        "fp8": {"base_precision": "fp8"},
         "int8": {"base_precision": "int8"},
         "nf4": {"base_precision": "nf4"},
     },
     "optimizer": {
         "adamw": {"gradient_accumulation_steps": 2},
         "adamw8bit": {"use_8bit_adam": True},
-        "lion8bit": {"optimizer": "lion8bit"},
         "prodigy": {"optimizer": "prodigy", "learning_rate": 100, "text_encoder_lr": 100, "token_lr": 100},
         "adafactor": {"optimizer": "adafactor"},
         "schedule-free": {"optimizer": "schedule_free", "lr_warmup_steps": 0},
@@ -90,15 +83,13 @@ REFUSED = [
     *(
         {("objective", form), ("weighting", other)}
         for form in ("EDM", "v, EDM style")
-        for other in ("min-SNR", "debiased", "p2")
+        for other in ("min-SNR", "debiased")
     ),
-    *({("adapter", "DoRA"), ("precision", packed)} for packed in ("fp8", "int8", "nf4")),
-    *({("adapter", kind), ("layers", "full")} for kind in ("PiSSA", "OLoRA", "orthogonal")),
+    *({("adapter", "DoRA"), ("precision", packed)} for packed in ("int8", "nf4")),
     {("layers", "blocks, rates, LoRA+"), ("optimizer", "prodigy")},
     {("text", "LoRA for half"), ("optimizer", "schedule-free")},
     {("text", "new tokens"), ("optimizer", "schedule-free")},
     {("text", "LoRA for half"), ("prior", "base model")},
-    {("text", "LoRA for half"), ("prior", "dco")},
 ]
 ROWS = rows_of(CRAFTS, REFUSED)
 
@@ -109,7 +100,7 @@ def playground(tiny, tmp_path_factory) -> Path:
 
 
 def test_every_allowed_pair_is_there_and_the_refused_are_refused(train, playground):
-    assert len(pairs_of(CRAFTS, REFUSED)) > 800
+    assert len(pairs_of(CRAFTS, REFUSED)) > 500
     assert_covers(CRAFTS, REFUSED, ROWS)
     for refused in REFUSED:
         flags = functools.reduce(dict.__or__, (CRAFTS[axis][choice] for axis, choice in refused))
@@ -152,10 +143,10 @@ def test_it_moves_draws_and_resumes(train, tiny, playground, cache, masks, tmp_p
     base = playground if row[0] == "EDM" else tiny
     flags = {"learning_rate": 1e-2, "text_encoder_lr": 1e-2, "token_lr": 1e-2, **flags_of(CRAFTS, row)}
     flags |= {"pretrained_model_name_or_path": base, "max_train_steps": 4, "checkpointing_steps": 2}
-    flags |= {"class_data_dir": tmp_path / "class"} if "with_prior_preservation" in flags else {}
+    flags |= {"class_data_dir": tmp_path / "class"} if "class_data_dir" in flags else {}
     flags |= {"mask_dir": masks} if "masked_loss" in flags else {}
     prompt = "a TOK dog" if "train_text_encoder_ti" in flags else "a dog"
-    drawing = {"validation_prompt": prompt, "num_validation_images": 1, "validation_num_inference_steps": 2}
+    drawing = {"validation_prompt": f"{prompt} --s 2", "num_validation_images": 1}
     models, real = [], trainer.load_trainable
 
     def noted(run):

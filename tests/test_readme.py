@@ -1,4 +1,4 @@
-"""Every command of README.md: what needs no GPU is run, and what does is parsed and its inference code executed."""
+"""Every command of README.md and docs/: what needs no GPU is run, what does is parsed, inference code is executed."""
 
 import os
 import re
@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 import train_dreambooth_lora_sdxl as trainer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+PAGES = {"README.md": "README.zh-CN.md", **{f"docs/{name}.md": f"docs/zh/{name}.md" for name in (
+    "training", "memory", "methods", "other-trainers", "troubleshooting")}}  # with their Chinese pages
+FENCED = re.compile(r"```(\w+)\n(.*?)```", flags=re.S)
+BLOCKS = [block for page in PAGES for block in FENCED.findall((ROOT / page).read_text(encoding="utf-8"))]
 COMMANDS = [
     shlex.split(line)
     for language, text in BLOCKS
@@ -48,7 +51,7 @@ def run_in(folder: Path, words: list[str], **variables: str) -> subprocess.Compl
 def quick_start(tmp_path_factory) -> Path:
     """The first command of the README, as it stands, in a copy of the repository's folder."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("examples", "train_dreambooth_lora_sdxl.py"):
+    for name in ("examples", "tools", "train_dreambooth_lora_sdxl.py"):
         (folder / name).symlink_to(ROOT / name)
     told = run_in(folder, QUICK_START[QUICK_START.index("accelerate") :])
     assert told.stdout.startswith("Subject") and "Done" in told.stdout and "warn" not in told.stderr.lower()
@@ -86,7 +89,22 @@ def test_going_on_ends_with_the_same_bits(quick_start):
 
 def test_a_dry_run_tells_the_plan(quick_start):
     told = run_in(quick_start, next(words for words in TRAINING if words[-1] == "--dry_run"))
-    assert told.stdout.startswith("Subject") and "It fits in" in told.stdout
+    assert told.stdout.startswith("Subject") and "Steps" in told.stdout
+
+
+TOOLS = [words for words in COMMANDS if words[:1] == ["python"] and words[1].startswith("tools/")]
+
+
+def test_the_tools(quick_start):
+    """Those of README run as they stand; one needs SDXL's configuration from the Hub, and is parsed."""
+    estimate, inspect = (next(words for words in TOOLS if name in words[1]) for name in ("estimate", "inspect"))
+    assert "It fits in 8 GB with these flags" in run_in(quick_start, [sys.executable, *estimate[1:]]).stdout
+    assert "no problem found" in run_in(quick_start, [sys.executable, *inspect[1:]]).stdout
+    run_in(quick_start, [sys.executable, "tools/report.py", "lora-sks-dog"])
+    assert "sks dog" in (quick_start / "lora-sks-dog" / "report.html").read_text()
+    other = next(words for words in TOOLS if words != estimate and "estimate" in words[1])
+    flags = trainer.make_parser().parse_args(other[other.index("8") + 1 :])
+    assert other[2] == "--budget" and flags.instance_prompt
 
 
 def test_pushing_what_is_finished(quick_start):
@@ -140,10 +158,31 @@ def test_inference_snippets(number, train, tiny, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "dog.png").size == (16, 16)
 
 
-def test_the_chinese_page_has_the_same_headings_tables_and_commands():
-    other = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-    assert re.findall(r"```(\w+)\n(.*?)```", other, flags=re.S) == BLOCKS
-    text, theirs = (re.sub(r"```.*?```", "", page, flags=re.S) for page in (README, other))
+def test_the_first_page_is_one_page():
+    assert len(README.splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for name in (page, PAGES[page]):
+        links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
+        for link in (link for link in links if "://" not in link):
+            assert ((ROOT / name).parent / link).exists(), (name, link)
+
+
+def test_flags_that_the_pages_name_exist():
+    known = {option for action in trainer.make_parser()._actions for option in action.option_strings}
+    others = {"--quiet", "--methods", "--measure", "--kills", "--budget", "--collect", "--machine_rank"}
+    for page in PAGES:
+        named = set(re.findall(r"`(?:python [^`]*)?(--[a-z_0-9]+)", (ROOT / page).read_text(encoding="utf-8")))
+        assert named <= known | others, (page, named - known)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_chinese_page_has_the_same_headings_tables_and_commands(page):
+    english, other = ((ROOT / name).read_text(encoding="utf-8") for name in (page, PAGES[page]))
+    assert FENCED.findall(other) == FENCED.findall(english)
+    text, theirs = (re.sub(r"```.*?```", "", page, flags=re.S) for page in (english, other))
     for pattern in (r"^(#+) ", r"^(\|)", r"(-?\d[\d,.]* ?(?:%|GB|MB))"):
         assert re.findall(pattern, theirs, flags=re.M) == re.findall(pattern, text, flags=re.M), pattern
     flags = [set(re.findall(r"`(--\w+)", page)) for page in (text, theirs)]

@@ -1,13 +1,16 @@
-"""report.html: one page that opens from disk, in a real browser."""
+"""tools/report.py: one page that opens from disk, in a real browser."""
 
 import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import report
+from conftest import ROOT
 
 import train_dreambooth_lora_sdxl as trainer
 
@@ -15,7 +18,7 @@ import train_dreambooth_lora_sdxl as trainer
 @pytest.fixture
 def output(train) -> Path:
     """A finished run whose prompts would like to break a page."""
-    return train(
+    output = train(
         max_train_steps=30,
         instance_prompt='a photo of sks dog </title><script>throw "injected"</script> & "quotes"',
         validation_prompt="<img src=x onerror=alert(1)>",
@@ -24,6 +27,8 @@ def output(train) -> Path:
         aspect_ratio_buckets="auto",
         resolution=32,
     )
+    subprocess.run([sys.executable, ROOT / "tools/report.py", output], check=True, capture_output=True)
+    return output
 
 
 def test_the_page_needs_nothing_else_and_nothing_breaks_it(output):
@@ -52,9 +57,8 @@ def test_the_history_is_cut_where_a_run_goes_on(train):
 def test_curves_leave_out_what_is_not_finite(train):
     output = train(max_train_steps=30)
     with open(output / trainer.HISTORY_FILE, "a") as file:
-        file.write('{"step": 31, "grad_norm": Infinity, "peak_memory_gb": NaN}')
-    train(max_train_steps=40, resume_from_checkpoint="latest")
-    page = (output / "report.html").read_text()
+        file.write('{"step": 31, "grad_norm": Infinity, "peak_memory_gb": NaN}\n{"step": 4')
+    page = report.make_report(output)
     assert 'aria-label="grad_norm from' in page and not re.search(r"[ ,](inf|nan)", page)
 
 
@@ -67,6 +71,19 @@ def test_the_code_loads_what_was_trained_on(train, tmp_path):
     assert "revision='abc', variant='fp16', torch_dtype=torch.float16)" in here
     assert f"load_file('{run.output}/embeddings.safetensors')" in here and "hf_hub_download" not in here
     assert "hf_hub_download('me/dog', 'embeddings.safetensors')" in there
+
+
+def test_a_run_that_has_just_begun_and_a_folder_that_is_none(train, pictures, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    output = train(instance_data_dir=moved, max_train_steps=1)
+    (output / trainer.HISTORY_FILE).unlink()
+    (output / "README.md").unlink()
+    shutil.rmtree(moved)
+    page = report.make_report(output)
+    assert "Nothing yet." in page and "no such folder" in page and "No --validation_prompt" in page
+    with pytest.raises(trainer.UserError, match="is no output folder of a training run"):
+        report.make_report(tmp_path)
 
 
 PROBE = """

@@ -34,9 +34,8 @@ FEATURES = {
     "in between": {
         "nothing": {},
         "validation": {
-            "validation_prompt": "a dog",
+            "validation_prompt": "a dog --s 2",
             "validation_steps": 1,
-            "validation_num_inference_steps": 2,
             "num_validation_images": 1,
         },
     },

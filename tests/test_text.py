@@ -40,7 +40,7 @@ def load_tokens(pipeline, folder, tokens) -> None:
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("average", [{}, {"use_ema": True, "ema_half_life": 2}])
 def test_pivotal_tuning_draws_what_a_user_draws(train, tiny, tmp_path, share, average):
-    flags = {**TI, **average, "train_text_encoder_ti_frac": share, "validation_prompt": "TOK dog on grass"}
+    flags = {**TI, **average, "train_text_encoder_frac": share, "validation_prompt": "TOK dog on grass"}
     flags |= {"num_validation_images": 1, "max_train_steps": 6, "checkpointing_steps": 3, "output_kohya_format": True}
     output = train(**flags, output_dir=tmp_path / "a")
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)

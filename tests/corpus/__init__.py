@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 FINE = ""
 """The outcome of an input that is odd but right; any other is what the one sentence must say (a regular expression)."""
@@ -273,8 +273,16 @@ def relink(path: Path) -> None:
 
 def pickled(model: Path) -> None:
     """Only pickles for the UNet."""
+    torch.save(load_file(model / weights("unet")), model / "unet" / "diffusion_pytorch_model.bin")
     (model / weights("unet")).unlink()
-    torch.save({}, model / "unet" / "diffusion_pytorch_model.bin")
+
+
+def pickled_code(model: Path) -> None:
+    """A pickle that would make a folder in the place of the UNet's weights."""
+    (model / weights("unet")).unlink()
+    path = model / "unet" / "diffusion_pytorch_model.bin"
+    torch.save({"step": 1}, path)
+    canary(path)
 
 
 def set_json(path: Path, **changes: object) -> None:
@@ -324,7 +332,8 @@ BASES = [
         base(lambda m: (m / weights("vae")).write_bytes(bytes([2] + [0] * 7) + b"[]")),
         "cut",
     ),
-    Case("pickles alone", base(pickled), "--allow_pickle"),
+    Case("pickles alone", base(pickled), FINE, True),
+    Case("a pickle that would run code", base(pickled_code), "the unet of .* cannot be loaded", True),
     Case(
         "another width",
         base(lambda m: set_json(m / "unet" / "config.json", block_out_channels=[32, 64])),
@@ -487,14 +496,12 @@ def beside_class(flag: str, place: str, **more: object) -> Callable[[Path, Stock
 FLAGS = [
     *(
         Case(f"a thousand million {flag}", flags(**{flag: 10**9}), f"--{flag}: '1000000000' is not a whole number")
-        for flag in ("repeats", "cache_variants", "num_class_images")
+        for flag in ("repeats", "num_class_images")
     ),
     Case("buckets of nobody", flags(aspect_ratio_buckets="big"), "'big' is neither auto nor sizes"),
     Case("buckets between eights", flags(aspect_ratio_buckets="1024x1020"), "each side a multiple of 8"),
-    Case("a validation size between eights", flags(validation_resolution=20), "--validation_resolution 20 is not"),
-    Case(
-        "no file of prompts", flags(validation_prompts="nowhere.txt"), "--validation_prompts nowhere.txt: no such file"
-    ),
+    Case("a validation size between eights", flags(validation_prompt="a --w 20"), "--w: '20' is not a multiple of 8"),
+    Case("no file of prompts", flags(validation_prompt="nowhere.txt"), "--validation_prompt nowhere.txt: no such file"),
     Case("no folder of masks", flags(masked_loss=True, mask_dir="nowhere"), "--mask_dir nowhere: no such folder"),
     Case("masks without any", flags(masked_loss=True), "--masked_loss finds no mask"),
     Case("a data set and a folder", flags(dataset_name="a/b"), "exclude each other"),
@@ -505,11 +512,6 @@ FLAGS = [
         "prior preservation without a prompt",
         flags(with_prior_preservation=True, class_data_dir="x"),
         "--class_prompt",
-    ),
-    Case(
-        "prior preservation without a folder",
-        flags(with_prior_preservation=True, class_prompt="x"),
-        "--class_data_dir",
     ),
     Case("a dropout of one", flags(lora_dropout=1), "must be below 1"),
     Case("a schedule of nobody", flags(lr_scheduler="fast"), "--lr_scheduler: invalid choice: 'fast'"),
@@ -534,7 +536,6 @@ FLAGS = [
     Case("an empty prompt", flags(instance_prompt=""), FINE),
     Case("a prompt of a thousand words", flags(instance_prompt="dog " * 1000), FINE, True),
     Case("a prompt of signs", flags(instance_prompt="\x00\x1b]0;x\x07 <script> --- `{}`"), FINE, True),
-    Case("a budget of nothing", flags(vram_budget=0.000001), "--vram_budget 1e-06 is too small", True),
 ]
 
 
@@ -587,16 +588,6 @@ CRAFTS = [
         flags(optimizer="schedule_free", lr_scheduler="cosine"),
         "needs no --lr_scheduler cosine",
     ),
-    Case(
-        "contradiction of lora_layers and lora_preset",
-        flags(lora_layers="to_k", lora_preset="full"),
-        "--lora_layers and --lora_preset both",
-    ),
-    Case(
-        "contradiction of lora_preset and lora_unet_blocks",
-        flags(lora_unet_blocks="mid_block", lora_preset="b-lora-style"),
-        "--lora_unet_blocks and --lora_preset b-lora",
-    ),
     Case("value of lora_unet_blocks", flags(lora_unet_blocks="attic"), "is not BLOCK, BLOCK=RANK"),
     Case("value of lora_unet_blocks (9)", flags(lora_unet_blocks="mid_block=0"), "a rank must be at least 1"),
     Case("value of lora_layers", flags(lora_layers="to_(k"), "is no pattern"),
@@ -606,35 +597,14 @@ CRAFTS = [
         "--use_dora needs the weights unpacked, --base_precision int8",
     ),
     Case(
-        "contradiction of lora_init and use_dora",
-        flags(use_dora=True, lora_init="pissa"),
-        "--use_dora and --lora_init pissa",
-    ),
-    Case(
-        "contradiction of lora_init and lora_preset",
-        flags(lora_preset="full", lora_init="olora"),
-        "--lora_preset full has convolutions",
-    ),
-    Case("contradiction of lora_init and rank", flags(lora_init="orthogonal", rank=5), "even --rank"),
-    Case(
         "contradiction of loss_weighting and snr_gamma",
-        flags(snr_gamma=5, loss_weighting="p2"),
+        flags(snr_gamma=5, loss_weighting="debiased"),
         "--snr_gamma and --loss_weighting",
     ),
     Case(
         "contradiction of max_timestep and min_timestep",
         flags(min_timestep=700, max_timestep=600),
         "--min_timestep 700 is above --max_timestep 600",
-    ),
-    Case(
-        "contradiction of prior_preservation and with_prior_preservation",
-        flags(with_prior_preservation=True, prior_preservation="dco"),
-        "--with_prior_preservation means pictures",
-    ),
-    Case(
-        "value of prior_preservation",
-        flags(prior_preservation="base_model"),
-        "--prior_preservation base_model needs --class_prompt",
     ),
     Case(
         "contradiction of instance_prompt and token_lr and train_text_encoder and train_text_encoder_ti",
@@ -660,7 +630,7 @@ CRAFTS = [
         flags(
             train_text_encoder_ti=True, instance_prompt="a photo of TOK dog", token_lr=0.01, optimizer="schedule_free"
         ),
-        "--train_text_encoder_ti_frac 0\\.5 stops .*; use --train_text_encoder_ti_frac 1",
+        "--train_text_encoder_frac 0\\.5 stops .*; use --train_text_encoder_frac 1",
     ),
     Case(
         "contradiction of optimizer and train_text_encoder and train_text_encoder_frac",
@@ -685,7 +655,7 @@ CRAFTS = [
             instance_prompt="a photo of dog",
             token_abstraction="dog",
             class_prompt="a photo of a dog",
-            prior_preservation="base_model",
+            with_prior_preservation=True,
         ),
         "has a word of --token_abstraction",
     ),
@@ -711,16 +681,16 @@ CRAFTS = [
         "--prodigy_decouple: 'perhaps' is neither True nor False",
     ),
     Case("value of optimizer", flags(optimizer="sgd"), "--optimizer: invalid choice: 'sgd'"),
-    Case("value of monitor_steps", flags(monitor_steps=5), "--monitor_steps needs --class_prompt"),
     Case("value of steps_per_image", flags(steps_per_image=5), "--steps_per_image and --max_train_steps both"),
     Case("value of timestep_bias", flags(timestep_bias="middle"), "--timestep_bias: invalid choice"),
-    Case("value of prior_preservation (30)", flags(prior_preservation="hope"), "--prior_preservation: invalid choice"),
     Case("a rate of nothing", flags(lora_unet_blocks="mid_block=4:0"), "is not BLOCK, BLOCK=RANK"),
     Case("a rate with two points", flags(lora_unet_blocks="mid_block=4:1.2.3"), "is not BLOCK, BLOCK=RANK"),
     Case(
         "a base model that is half there",
-        flags(train_text_encoder=True, train_text_encoder_frac=0.5, prior_preservation="dco"),
-        "--prior_preservation dco compares with the base model",
+        flags(
+            train_text_encoder=True, train_text_encoder_frac=0.5, with_prior_preservation=True, class_prompt="a dog"
+        ),
+        "--with_prior_preservation without --class_data_dir compares with the base model",
     ),
     Case("zero SNR of epsilon", flags(rescale_betas_zero_snr=True), "needs --prediction_type v_prediction", True),
     Case("a block that is not there", flags(lora_unet_blocks="up_blocks.7"), "name nothing that the UNet", True),
