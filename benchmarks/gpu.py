@@ -144,13 +144,13 @@ class Lab:
         peaks, turns, count = {}, (1 if self.tiny else 3), (1 if self.tiny else 3)
         for turn in range(1 + turns):
             for name, (is_lean, step) in steps.items():
-                self.model.run_lean(is_lean)
+                self.model.use_fused_lora(is_lean)
                 with self.peak() as peak:
                     taken = self.seconds(step, count)
                 if turn:  # the first one is to warm up
                     found[name].append(taken)
                     peaks[name] = peak["gb"]
-        self.model.run_lean(True)
+        self.model.use_fused_lora(True)
         return {name: {"seconds": statistics.median(times), "peak_gb": peaks[name]} for name, times in found.items()}
 
     @contextmanager
@@ -203,9 +203,9 @@ def step(lab: Lab, emit: Emit) -> None:
         ratio = found["usual"]["seconds"] / found["ours"]["seconds"]
         counts = {}
         for loop, (is_lean, work) in steps.items() if rows == 1 and not recomputed else ():
-            lab.model.run_lean(is_lean)
+            lab.model.use_fused_lora(is_lean)
             counts[loop] = {"launches": lab.launches(work)}
-        lab.model.run_lean(True)
+        lab.model.use_fused_lora(True)
         for loop, figures in found.items():
             emit(loop=loop, batch=rows, recomputed=name, precision=lab.run.accelerator.mixed_precision, **figures,
                  **counts.get(loop, {}), times_the_usual=ratio if loop == "ours" else 1.0)
@@ -273,7 +273,7 @@ def kernels(lab: Lab, emit: Emit) -> None:
         lab.model = model
         emit(what=name, **lab.compare({name: (True, lab.ours(batch))})[name])
     lab.model = fused
-    fused.run_lean(True)
+    fused.use_fused_lora(True)
     blocks = trainer.blocks_of(fused.unet)
     for name, half in (("first", blocks[:len(blocks) // 2]), ("last", blocks[len(blocks) // 2:])):
         lab.recompute(half)
@@ -327,7 +327,7 @@ def estimate(tiny: bool, folder: Path, emit: Emit) -> None:
         with lab.peak() as peak:
             work()
         peaks = {"training": peak["gb"]}
-        with lab.peak() as peak, torch.no_grad(), trainer.as_users_load_it(lab.model):
+        with lab.peak() as peak, torch.no_grad(), trainer.inference_adapters(lab.model):
             lab.model(*validation_inputs(lab))
         peaks["validation"] = peak["gb"]
         side = run.args.resolution // run.vae_factor
@@ -535,7 +535,7 @@ def run_parts(parts: Sequence[str], tiny: bool, out: Path) -> None:
 
     import train_dreambooth_lora_sdxl as trainer
 
-    trainer.quiet("error")
+    trainer.quiet_libraries("error")
     if not torch.cuda.is_available():
         import half_precision
 

@@ -24,9 +24,9 @@ import train_dreambooth_lora_sdxl as trainer
 class UsualSDXL(trainer.TrainableSDXL):
     """The model with peft's own forward under autocast; the frozen weights are in half precision, too."""
 
-    def run_lean(self, lean: bool) -> None:
+    def use_fused_lora(self, lean: bool) -> None:
         """Keep peft's forward."""
-        super().run_lean(False)
+        super().use_fused_lora(False)
 
     def forward(self, *inputs: Any) -> torch.Tensor:
         """Predict under autocast."""

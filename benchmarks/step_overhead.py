@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).parent.parent
@@ -75,16 +76,7 @@ def time_steps(base: Path, out: Path, pairs: int, flags: list[str]) -> list[tupl
     stamps: dict[str, list[float]] = {"loop": [], "bare": []}
     original = trainer.train
 
-    def paired(
-        run: trainer.Run,
-        model: trainer.TrainableSDXL,
-        batch_at: Callable,
-        objective: trainer.Objective,
-        events: trainer.Events,
-        schedule: trainer.Schedule,
-        digest: str,
-        pictures: dict[str, list[str]],
-    ) -> trainer.Outcome:
+    def paired(run: trainer.Run, model: trainer.TrainableSDXL, batch_at: Callable, *rest: Any) -> tuple:
         bare = make_bare_step(model, batch_at(0))
         optimizer_step = [time.perf_counter()]
 
@@ -99,7 +91,7 @@ def time_steps(base: Path, out: Path, pairs: int, flags: list[str]) -> list[tupl
             optimizer_step[0] = time.perf_counter()
             return batch_at(n)
 
-        return original(run, model, batch_and_clock, objective, events, schedule, digest, pictures)
+        return original(run, model, batch_and_clock, *rest)
 
     trainer.train = paired
     trainer.main(args)
@@ -115,13 +107,13 @@ def make_bare_step(model: trainer.TrainableSDXL, batch: trainer.Batch) -> Callab
     added = {"text_embeds": batch.text[1], "time_ids": batch.add_time_ids}
 
     def step() -> None:
-        model.run_lean(False)
+        model.use_fused_lora(False)
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
             prediction = model.unet(batch.mean, timesteps, batch.text[0], added_cond_kwargs=added).sample
         torch.nn.functional.mse_loss(prediction.float(), noise).backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.run_lean(True)
+        model.use_fused_lora(True)
 
     return step
 

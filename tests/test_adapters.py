@@ -288,7 +288,7 @@ def test_the_moving_average_is_the_formula(train, tmp_path):
         weight.data += step
         average.update()
         expected = decay * expected + (1 - decay) * weight.data
-    with average.shown():
+    with average.applied():
         torch.testing.assert_close(weight.data, expected)
     assert weight.data[0] == 21
     flags = {"use_ema": True, "ema_half_life": 2, "max_train_steps": 4, "checkpointing_steps": 2}

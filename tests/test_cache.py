@@ -21,7 +21,7 @@ import train_dreambooth_lora_sdxl as trainer
 def encoded(monkeypatch):
     """The names of the pictures and the prompts that were encoded, in order."""
     told = []
-    encode_image, encode_prompts = trainer.encode_image, trainer.encode_prompts
+    encode_image, encode_text = trainer.encode_image, trainer.encode_text
 
     def noted_image(vae, pixels, name):
         told.append(Path(name).name)
@@ -29,10 +29,10 @@ def encoded(monkeypatch):
 
     def noted_prompts(source, ids, *rest):
         told.extend(["prompt"] * len(ids[0]))
-        return encode_prompts(source, ids, *rest)
+        return encode_text(source, ids, *rest)
 
     monkeypatch.setattr(trainer, "encode_image", noted_image)
-    monkeypatch.setattr(trainer, "encode_prompts", noted_prompts)
+    monkeypatch.setattr(trainer, "encode_text", noted_prompts)
     return told
 
 
@@ -146,7 +146,7 @@ def test_broken_and_foreign_files_are_replaced_and_said_once(train, tmp_path, en
 
 def test_a_large_cache_stays_on_the_disk_and_gives_the_same_rows(train, tmp_path, monkeypatch):
     first = train(random_flip=True, max_train_steps=4)
-    monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(trainer, "PRELOAD_BYTES", 0)
     assert_equal(first, train(random_flip=True, max_train_steps=4, output_dir=tmp_path / "second"))
 
 
@@ -221,19 +221,19 @@ import torch
 import train_dreambooth_lora_sdxl as trainer
 
 torch.set_num_threads(1)
-count, store = int(sys.argv[1]), trainer.Store(Path(sys.argv[2]))
+count, store = int(sys.argv[1]), trainer.TensorCache(Path(sys.argv[2]))
 keys = [trainer.content_key(i) for i in range(count)]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 cpu = torch.device("cpu")
-views = trainer.open_views(store, keys, cpu, 1.0)
+views = trainer.CachedRows(lambda i: store.get(keys[i])["view"], count, store.size(keys[0]), cpu)
 read = lambda i: tuple(store.get(keys[i])[name] for name in ("embeds", "pooled"))
-rows = trainer.Rows(read, count, store.size(keys[0]), cpu)
-table = trainer.TextTable({str(i): i for i in range(count)} | {"": 0}, rows)
+rows = trainer.CachedRows(read, count, store.size(keys[0]), cpu)
+table = trainer.PromptEmbeddings({str(i): i for i in range(count)} | {"": 0}, rows)
 places = {(i, (1024, 1024)): [i] for i in range(count)}
-cache = trainer.Cache(views, torch.zeros(count, 6), places, [(1024, 1024)] * count, torch.ones(count),
-                      list(range(count)), ["name"] * count, "", 0.0)
-order = trainer.Order([range(count)], (), 4, seed=0)
+cache = trainer.LatentDataset(views, torch.zeros(count, 6), places, [(1024, 1024)] * count, torch.ones(count),
+                      list(range(count)), ["name"] * count, 0.0, {})
+order = trainer.BatchSampler([range(count)], (), 4, seed=0)
 begun = time.perf_counter()
 for n in range(50):
     batch = cache.batch(table, order, n)
@@ -244,7 +244,7 @@ print(peak() - before, (time.perf_counter() - begun) / 50)
 
 def test_trap_24_ten_thousand_pictures_cost_no_memory_and_no_time(tmp_path):
     """Latents and embeddings of captions at their real size: what the loop holds of a picture is a few numbers."""
-    store = trainer.Store(tmp_path)
+    store = trainer.TensorCache(tmp_path)
     keys = [trainer.content_key(i) for i in range(10_000)]
     embeds = {"embeds": torch.zeros(77, 2048, dtype=torch.bfloat16), "pooled": torch.zeros(1280, dtype=torch.bfloat16)}
     store.put(keys[0], view=torch.ones(9, 128, 128), **embeds)

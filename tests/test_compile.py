@@ -58,7 +58,7 @@ def deep(tmp_path):
 
 def test_buckets_are_compiled_for_once_more_and_not_once_each(train, tmp_path, monkeypatch, pictures, deep):
     """By the flag, then resumed with accelerate's configuration, to the same bits; the backend counts its graphs."""
-    counter, compile_, batch = CompileCounterWithBackend("aot_eager"), torch.compile, trainer.Cache.batch
+    counter, compile_, batch = CompileCounterWithBackend("aot_eager"), torch.compile, trainer.LatentDataset.batch
     backends, shapes, compiled = [], [], []
 
     def count_graphs(function, backend, **options):
@@ -72,7 +72,7 @@ def test_buckets_are_compiled_for_once_more_and_not_once_each(train, tmp_path, m
         return made
 
     monkeypatch.setattr(torch, "compile", count_graphs)
-    monkeypatch.setattr(trainer.Cache, "batch", note)
+    monkeypatch.setattr(trainer.LatentDataset, "batch", note)
     folder = tmp_path / "pictures"
     folder.mkdir()
     for width in (16, 32, 48):

@@ -82,9 +82,9 @@ def test_captions_reach_the_batches_and_dropout_empties_them(train, folder):
         (folder / f"{name}.txt").write_text(f"a photo of {name}")
     run = trainer.start(train.args(instance_data_dir=folder, caption_dropout=0.25))
     samples = trainer.instance_samples(run.args)
-    table = trainer.build_text(run, [sample.prompt for sample in samples], False, torch.float32)
-    cache = trainer.build_cache(run, samples, [(16, 16)] * 2, table)
-    order, seen = trainer.Order([range(2)], (), 2, 0), Counter()
+    table = trainer.encode_prompts(run, [sample.prompt for sample in samples], False, torch.float32)
+    cache = trainer.encode_latents(run, samples, [(16, 16)] * 2, table)
+    order, seen = trainer.BatchSampler([range(2)], (), 2, 0), Counter()
     for n in range(400):
         for (row, _), embeds in zip(order.rows(n), cache.batch(table, order, n).text[0], strict=True):
             found = [prompt for prompt in table.numbers if torch.equal(table.of(prompt)[0][0], embeds)]
@@ -158,11 +158,11 @@ def test_rows_of_a_batch_share_a_bucket_and_have_their_own_time_ids(train, shape
         )
     )
     subject = trainer.instance_samples(run.args)
-    samples, buckets = subject + trainer.class_samples(run.args, subject), trainer.bucket_of_each(run.args, subject)
-    table = trainer.build_text(run, {sample.prompt for sample in samples}, False, torch.float32)
-    cache = trainer.build_cache(run, samples, buckets, table)
+    samples, buckets = subject + run.prior.samples(subject), trainer.bucket_of_each(run.args, subject)
+    table = trainer.encode_prompts(run, {sample.prompt for sample in samples}, False, torch.float32)
+    cache = trainer.encode_latents(run, samples, buckets, table)
     rows = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
-    order, seen = trainer.Order(rows, range(5, 6), 2, 0), set()
+    order, seen = trainer.BatchSampler(rows, range(5, 6), 2, 0), set()
     for n in range(40):
         batch, numbers = cache.batch(table, order, n), [row.sample for row in order.rows(n)]
         width, height = buckets[numbers[0]]
@@ -287,9 +287,9 @@ def masked(tmp_path) -> Path:
 def batch_of(train, **flags):
     run = trainer.start(train.args(center_crop=True, **flags))
     samples = trainer.instance_samples(run.args)
-    table = trainer.build_text(run, [sample.prompt for sample in samples], False, torch.float32)
-    cache = trainer.build_cache(run, samples, [(16, 16)] * len(samples), table)
-    order = trainer.Order([range(len(samples))], (), len(samples), 0)
+    table = trainer.encode_prompts(run, [sample.prompt for sample in samples], False, torch.float32)
+    cache = trainer.encode_latents(run, samples, [(16, 16)] * len(samples), table)
+    order = trainer.BatchSampler([range(len(samples))], (), len(samples), 0)
     batch = cache.batch(table, order, 0)
     return run, batch, {name.split("/")[-1].split(" ")[0]: i for i, name in enumerate(batch.names)}
 
@@ -415,17 +415,17 @@ def test_repeats_and_buckets_share_the_views_of_a_picture(train, shapes, tmp_pat
     flags |= {"with_prior_preservation": True, "class_data_dir": classes, "class_prompt": "a dog"}
     run = trainer.start(train.args(**flags))
     subject = trainer.instance_samples(run.args)
-    samples, buckets = subject + trainer.class_samples(run.args, subject), trainer.bucket_of_each(run.args, subject)
-    table = trainer.build_text(run, {sample.prompt for sample in samples}, False, torch.float32)
-    cache = trainer.build_cache(run, samples, buckets, table)
+    samples, buckets = subject + run.prior.samples(subject), trainer.bucket_of_each(run.args, subject)
+    table = trainer.encode_prompts(run, {sample.prompt for sample in samples}, False, torch.float32)
+    cache = trainer.encode_latents(run, samples, buckets, table)
     views = Counter()
     for (row, _), seen in cache.views.items():
         views[samples[row].path.name] += len(seen)
     assert max(views.values()) <= trainer.CACHED_CROPS and min(views.values()) >= 1
-    size = sum(path.stat().st_size for path in run.store.folder.iterdir())
-    assert size < 1.5 * trainer.cache_bytes(run, buckets, 1) + 10**5
+    size = sum(path.stat().st_size for path in run.cache.folder.iterdir())
+    assert size < 1.5 * trainer.latent_bytes(run, buckets, 1) + 10**5
     args = train.args(**{**flags, "class_data_dir": None})
-    assert len(trainer.class_samples(args, subject)) == len(SHAPES)
+    assert len(trainer.choose_prior(args).samples(subject)) == len(SHAPES)
 
 
 def test_a_table_that_names_files_is_a_data_set_and_a_row_may_lack_its_caption(train, folder, tmp_path):

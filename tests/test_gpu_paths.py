@@ -46,7 +46,7 @@ def test_models_are_moved_as_often_for_many_pictures_as_for_few(train, tmp_path,
 def test_class_pictures_go_on_from_their_latents(train, tmp_path, monkeypatch):
     """A run that is killed while they are generated, or while they are decoded, generates none again."""
     flags = {**PRIOR, "num_class_images": 4, "class_data_dir": tmp_path / "class", "max_train_steps": 1}
-    made, draw, save_picture = [], trainer.draw, trainer.save_picture
+    made, draw, save_picture = [], trainer.generate_latents, trainer.save_picture
 
     def noted(*rest):
         made.append(1)
@@ -60,7 +60,7 @@ def test_class_pictures_go_on_from_their_latents(train, tmp_path, monkeypatch):
             raise RuntimeError("power")
         save_picture(image, path, *rest)
 
-    monkeypatch.setattr(trainer, "draw", noted)
+    monkeypatch.setattr(trainer, "generate_latents", noted)
     monkeypatch.setattr(trainer, "save_picture", saved)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="power"):
@@ -98,8 +98,8 @@ def test_the_next_batch_is_read_while_this_one_is_computed(train, tmp_path, monk
     """Where the latents are too many for the device: by another thread, one step ahead, to the same bits."""
     flags = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "random_flip": True, "caption_dropout": 0.5}
     resident = train(**flags, output_dir=tmp_path / "resident")
-    monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
-    threads, ahead, real, batch = [], [], trainer.Store.get, trainer.Cache.batch
+    monkeypatch.setattr(trainer, "PRELOAD_BYTES", 0)
+    threads, ahead, real, batch = [], [], trainer.TensorCache.get, trainer.LatentDataset.batch
 
     def noted(self, key):
         threads.append(threading.current_thread() is threading.main_thread())
@@ -111,15 +111,15 @@ def test_the_next_batch_is_read_while_this_one_is_computed(train, tmp_path, monk
         ahead.append(set(table.row.pending) == set(self.prompts_at(table, order, n + stride)))
         return made
 
-    monkeypatch.setattr(trainer.Store, "get", noted)
-    monkeypatch.setattr(trainer.Cache, "batch", looked_at)
+    monkeypatch.setattr(trainer.TensorCache, "get", noted)
+    monkeypatch.setattr(trainer.LatentDataset, "batch", looked_at)
     of_disk = train(**flags, output_dir=tmp_path / "disk")
     assert same(resident, of_disk) and len(ahead) == 24 and all(ahead)
     assert threads.count(False) > 8
 
 
 def test_a_view_that_is_gone_is_told_though_a_thread_reads_it(train, monkeypatch):
-    monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(trainer, "PRELOAD_BYTES", 0)
     real = trainer.diffusion_loss
 
     def loss(*arguments):
@@ -240,7 +240,7 @@ def test_convolutions_learn_as_peft_does(train):
     text = torch.randn(1, 24, 128), torch.randn(1, 64)
     inputs, found = (torch.randn(1, 4, 8, 8), torch.tensor([5]), text, torch.ones(1, 6)), []
     for lean in (True, False):
-        model.run_lean(lean)
+        model.use_fused_lora(lean)
         model.zero_grad()
         answer = model(*inputs)
         answer.square().mean().backward()

@@ -268,12 +268,12 @@ COUNTED = """
 import os, sys
 sys.path.insert(0, os.environ["TRAINER"])
 import train_dreambooth_lora_sdxl as trainer
-real = trainer.draw
+real = trainer.generate_latents
 def draw(run, model, table, prompt, seeds, *others, **keywords):
     with open(f"{os.environ['DRAWN']}/{os.environ['RANK']}", "a") as file:
         print(prompt.text, *seeds, sep="|", file=file)
     return real(run, model, table, prompt, seeds, *others, **keywords)
-trainer.draw = draw
+trainer.generate_latents = draw
 with trainer.one_sentence():
     trainer.main(trainer.parse_args())
 """

@@ -133,9 +133,9 @@ def test_each_checkpointed_block_keeps_less(train):
         model = trainer.load_trainable(run)
         model.train()
         samples = trainer.instance_samples(run.args)
-        table = trainer.build_text(run, [samples[0].prompt], False, torch.float32)
-        cache = trainer.build_cache(run, samples, [(16, 16)] * 5, table)
-        batch = cache.batch(table, trainer.Order([range(5)], (), 2, 1), 0)
+        table = trainer.encode_prompts(run, [samples[0].prompt], False, torch.float32)
+        cache = trainer.encode_latents(run, samples, [(16, 16)] * 5, table)
+        batch = cache.batch(table, trainer.BatchSampler([range(5)], (), 2, 1), 0)
         kept.append(saved_bytes(model, batch, trainer.make_objective(run.args, run.scheduler)))
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0], kept
 
@@ -155,7 +155,7 @@ def test_trap_23_lean_adapters_give_pefts_gradients_without_its_casts(train, sca
 
     def lean(out, rows):
         half_a, half_b = a.detach().to(rows.dtype), b.detach().to(rows.dtype)
-        halves = trainer.Halves(half_a, half_b, half_a.t(), half_b.t())
+        halves = trainer.CastLoraWeights(half_a, half_b, half_a.t(), half_b.t())
         return trainer.LowRank.apply(out, rows, a, b, halves, scale)
 
     def peft_forward(out, rows):
@@ -238,10 +238,10 @@ def test_the_estimate_is_what_happens(train, tmp_path, name):
     run = trainer.start(train.args(**flags))
     predicted = estimate_memory.estimate_memory(run)["training"].peak
     subject = trainer.instance_samples(run.args)
-    samples = subject + trainer.class_samples(run.args, subject)
-    table = trainer.build_text(run, {sample.prompt for sample in samples}, trainer.trains_text(run.args), run.dtype)
-    cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
-    order = trainer.Order([range(5)], range(5, len(samples)), flags["train_batch_size"], 1)
+    samples = subject + run.prior.samples(subject)
+    table = trainer.encode_prompts(run, {sample.prompt for sample in samples}, run.text.is_trained, run.dtype)
+    cache = trainer.encode_latents(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
+    order = trainer.BatchSampler([range(5)], range(5, len(samples)), flags["train_batch_size"], 1)
     objective = trainer.make_objective(run.args, run.scheduler)
     with estimate_memory.MemoryMeter() as meter:
         model = trainer.load_trainable(run).train()
@@ -308,8 +308,8 @@ def test_the_estimate_of_the_other_phases_is_what_happens(train, tmp_path, monke
     costs = estimate_memory.estimate_memory(run)
     predicted = {phase: cost.peak for phase, cost in costs.items() if phase != "training"}
     sample = trainer.instance_samples(run.args)[0]
-    table = trainer.build_text(run, [sample.prompt, "a dog"], False, run.dtype)
-    ids = trainer.tokenize_prompts(run.base, [sample.prompt])
+    table = trainer.encode_prompts(run, [sample.prompt, "a dog"], False, run.dtype)
+    ids = trainer.tokenize_prompts(run, [sample.prompt])
     side = run.prompts[0].width // run.vae_factor
     device, decode = Device(monkeypatch), trainer.decode_latents
     picture = [Image.new("RGB", (64, 64))]
@@ -328,9 +328,9 @@ def test_the_estimate_of_the_other_phases_is_what_happens(train, tmp_path, monke
 
     validator = lambda: trainer.make_validator(run, trainer.load_trainable(run), table)(0)  # noqa: E731
     phases = {
-        "prompts": lambda: trainer.encode_prompts(run.base, ids, run.dtype, run.device),
+        "prompts": lambda: trainer.encode_text(run.base, ids, run.dtype, run.device),
         "latents": lambda: trainer.encode_views(run, [sample], [(0, (run.args.resolution,) * 2)]),
-        "class pictures": lambda: without_decoding(lambda: trainer.make_class_images(run)),
+        "class pictures": lambda: without_decoding(lambda: trainer.generate_class_images(run)),
         "validation": lambda: without_decoding(validator),
         "decoding": decoding,
     }
@@ -435,9 +435,9 @@ def test_packed_bases_learn_like_the_whole_one(train, subject):
             )
         )
         samples = trainer.instance_samples(run.args)
-        table = trainer.build_text(run, [samples[0].prompt], False, run.dtype)
-        cache = trainer.build_cache(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
-        order, objective = trainer.Order([range(5)], (), 5, 0), trainer.make_objective(run.args, run.scheduler)
+        table = trainer.encode_prompts(run, [samples[0].prompt], False, run.dtype)
+        cache = trainer.encode_latents(run, samples, trainer.bucket_of_each(run.args, samples[:5]), table)
+        order, objective = trainer.BatchSampler([range(5)], (), 5, 0), trainer.make_objective(run.args, run.scheduler)
         model = trainer.load_trainable(run).train()
         optimizer = trainer.make_optimizer(run.args, model, 1)
         for group in optimizer.param_groups:

@@ -19,8 +19,8 @@ from train_dreambooth_lora_sdxl import (
     Source,
     TrainingError,
     UserError,
-    build_text,
     encode_image,
+    encode_prompts,
     load_part,
     load_trainable,
     load_vae,
@@ -37,7 +37,7 @@ def run(train):
 
 def test_prompts_are_encoded_as_the_pipeline_does(run, tiny):
     prompts = ["a photo of sks dog on grass", "a red car"]
-    table = build_text(run(), prompts, trained=False, dtype=torch.float32)
+    table = encode_prompts(run(), prompts, trained=False, dtype=torch.float32)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
     for prompt in prompts:
         embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=True)
@@ -47,7 +47,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(run, tiny):
 def test_trained_encoders_start_from_the_same_embeddings(run):
     started = run(train_text_encoder=True)
     model = load_trainable(started)
-    frozen, trained = (build_text(started, ["a photo of sks dog"], kind, torch.float32) for kind in (False, True))
+    frozen, trained = (encode_prompts(started, ["a photo of sks dog"], kind, torch.float32) for kind in (False, True))
     for ours, theirs in zip(model.embed(trained.at([0, 1])), frozen.at([0, 1]), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -229,7 +229,7 @@ def test_a_part_that_cannot_be_loaded_is_named(tmp_path):
 
 
 def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
-    from train_dreambooth_lora_sdxl import build_cache, class_samples, instance_samples
+    from train_dreambooth_lora_sdxl import encode_latents, instance_samples
 
     classes = tmp_path / "classes"
     classes.mkdir()
@@ -238,9 +238,9 @@ def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
         train.args(with_prior_preservation=True, class_data_dir=classes, class_prompt="a dog", center_crop=True)
     )
     samples = instance_samples(started.args)
-    samples = samples + class_samples(started.args, samples)
-    table = build_text(started, ["a photo of sks dog", "a dog"], False, torch.float32)
-    cache = build_cache(started, samples, [(16, 16)] * 5, table)
+    samples = samples + started.prior.samples(samples)
+    table = encode_prompts(started, ["a photo of sks dog", "a dog"], False, torch.float32)
+    cache = encode_latents(started, samples, [(16, 16)] * 5, table)
     ids = [cache.add_time_ids[views[0]].tolist() for views in cache.views.values()]
     assert ids[0] == [32, 24, (round(32 * 16 / 24) - 16) // 2, 0, 16, 16]
     assert ids[-1] == [20, 40, 0, 8, 16, 16]
@@ -248,13 +248,13 @@ def test_trap_6_time_ids_are_each_pictures_own(train, tmp_path):
 
 
 def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
-    from train_dreambooth_lora_sdxl import Order, build_cache, instance_samples
+    from train_dreambooth_lora_sdxl import BatchSampler, encode_latents, instance_samples
 
     started = start(train.args(random_flip=True, repeats=2))
     samples = instance_samples(started.args)
-    table = build_text(started, ["a photo of sks dog"], False, torch.float32)
-    cache = build_cache(started, samples, [(16, 16)] * len(samples), table)
-    order = Order([range(len(samples))], (), 2, seed=0)
+    table = encode_prompts(started, ["a photo of sks dog"], False, torch.float32)
+    cache = encode_latents(started, samples, [(16, 16)] * len(samples), table)
+    order = BatchSampler([range(len(samples))], (), 2, seed=0)
     seen = {}
     for n in range(200):
         batch = cache.batch(table, order, n)
@@ -269,7 +269,7 @@ def test_trap_8_crops_and_flips_are_drawn_anew_for_every_look(train):
 
 def test_trap_1_rows_of_the_class_keep_their_prompts_weights_and_pictures(train, tmp_path):
     """Two rows of the subject beside two of its class: all of a batch is of the samples that the order names."""
-    from train_dreambooth_lora_sdxl import Order, build_cache, class_samples, instance_samples
+    from train_dreambooth_lora_sdxl import BatchSampler, encode_latents, instance_samples
 
     for folder, count in (("subject", 5), ("class", 3)):
         (tmp_path / folder).mkdir()
@@ -281,13 +281,13 @@ def test_trap_1_rows_of_the_class_keep_their_prompts_weights_and_pictures(train,
     flags |= {"instance_data_dir": tmp_path / "subject", "prior_loss_weight": 0.7, "caption_dropout": 0.5}
     started = start(train.args(**flags))
     subject = instance_samples(started.args)
-    samples = subject + class_samples(started.args, subject)
-    table = build_text(started, [sample.prompt for sample in samples], False, torch.float32)
-    cache = build_cache(started, samples, [(16, 16)] * 5, table)
+    samples = subject + started.prior.samples(subject)
+    table = encode_prompts(started, [sample.prompt for sample in samples], False, torch.float32)
+    cache = encode_latents(started, samples, [(16, 16)] * 5, table)
     vae = load_part(started.vae, "vae", torch.float32, torch.device("cpu"))
     means = [encode_image(vae, trainer.to_pixels(np.array(Image.open(sample.path))), "x")[0] for sample in samples]
     prompts = [f"a photo of {i}" for i in range(5)] + ["a dog"] * 3
-    order, emptied, seen = Order([range(5)], range(5, 8), 2, seed=0), 0, set()
+    order, emptied, seen = BatchSampler([range(5)], range(5, 8), 2, seed=0), 0, set()
     for n in range(100):
         rows, batch = [row for row, _ in order.rows(n)], cache.batch(table, order, n)
         assert batch.instance_rows == 2 and max(rows[:2]) < 5 <= min(rows[2:])
@@ -331,12 +331,12 @@ def test_traps_18_20_21_what_a_phase_loaded_is_gone_after_it(train, monkeypatch)
 
 @pytest.mark.parametrize("mode", [None, "nearest", "bicubic"])
 def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, mode):
-    from train_dreambooth_lora_sdxl import build_cache, instance_samples, load_picture, resized
+    from train_dreambooth_lora_sdxl import encode_latents, instance_samples, load_picture, resized
 
     started = start(train.args(center_crop=True, dataloader_num_workers=2, image_interpolation_mode=mode))
     samples = instance_samples(started.args)
-    table = build_text(started, ["a photo of sks dog"], False, torch.float32)
-    cache = build_cache(started, samples, [(16, 16)] * 5, table)
+    table = encode_prompts(started, ["a photo of sks dog"], False, torch.float32)
+    cache = encode_latents(started, samples, [(16, 16)] * 5, table)
     vae = load_part(started.vae, "vae", torch.float32, torch.device("cpu"))
     for sample, views in zip(samples, cache.views.values(), strict=True):
         picture = load_picture(sample.path)
@@ -350,7 +350,7 @@ def test_trap_14_every_picture_keeps_its_own_latents_and_prompt(train, mode):
 
 
 def test_trap_25_embeddings_need_no_gradients(run):
-    table = build_text(run(), ["a dog"], trained=False, dtype=torch.float32)
+    table = encode_prompts(run(), ["a dog"], trained=False, dtype=torch.float32)
     assert not any(rows.requires_grad for rows in table.of("a dog"))
 
 
@@ -362,7 +362,7 @@ def test_without_adapters_it_is_the_base_model(run, tiny, kind):
     """Bit for bit what diffusers' own parts predict, whatever the adapters have learnt."""
     prompt, started = "a photo of sks dog", run(**KINDS[kind])
     model = load_trainable(started)
-    table = build_text(started, [prompt], "train_text_encoder" in KINDS[kind], torch.float32)
+    table = encode_prompts(started, [prompt], "train_text_encoder" in KINDS[kind], torch.float32)
     with torch.no_grad():
         for name, adapter in model.adapters.items():
             adapter.add_(torch.randn_like(adapter) if "lora_B" in name else 0)

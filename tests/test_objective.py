@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_lora_sdxl as trainer
-from train_dreambooth_lora_sdxl import Batch, UserError, diffusion_loss, make_table
+from train_dreambooth_lora_sdxl import Batch, UserError, diffusion_loss, make_coefficients
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WIDE = (slice(None), None, None, None)
@@ -41,7 +41,7 @@ def snr_of(scheduler) -> torch.Tensor:
 def test_columns_are_the_schedulers(prediction_type, rescale):
     """In float64; the ends apart, where little noise and little signal would be lost among the others."""
     scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=rescale, **SDXL)
-    a, b, c, d, _, t_cond, _ = make_table(scheduler)
+    a, b, c, d, _, t_cond, _ = make_coefficients(scheduler)
     x, noise = torch.randn(2, 1000, 4, 2, 2, dtype=torch.float64)
     t, exact = torch.arange(1000), {"rtol": 1e-12, "atol": 1e-15}
     torch.testing.assert_close(a[WIDE] * x + b[WIDE] * noise, scheduler.add_noise(x, noise, t), **exact)
@@ -61,7 +61,7 @@ def test_columns_are_the_schedulers(prediction_type, rescale):
 def test_edm_is_the_schedulers_preconditioning(kind, prediction_type):
     """Model input, what the model is told, and loss: that of the scheduler's denoised latents."""
     scheduler = kind(prediction_type=prediction_type)
-    table = make_table(scheduler)
+    table = make_coefficients(scheduler)
     sigma = scheduler.sigmas[:-1].flip(0).double()
     count = len(sigma)
     assert sigma[0] == pytest.approx(0.002, rel=1e-3) and sigma[-1] == pytest.approx(80, rel=1e-3)
@@ -79,10 +79,10 @@ def test_trap_3_min_snr_weights():
     for rescale in (False, True):
         scheduler = DDPMScheduler(rescale_betas_zero_snr=rescale, **SDXL)
         snr = snr_of(scheduler)
-        epsilon = make_table(scheduler, 5.0).weight
+        epsilon = make_coefficients(scheduler, 5.0).weight
         expected = torch.minimum(snr, torch.tensor(5.0)) / snr.clamp(min=1e-30)
         torch.testing.assert_close(epsilon[snr > 0], expected[snr > 0], rtol=1e-12, atol=0)
-        velocity = make_table(
+        velocity = make_coefficients(
             DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescale, **SDXL), 5.0
         )
         torch.testing.assert_close(
@@ -104,9 +104,9 @@ def test_other_weightings_are_the_papers_and_the_same_for_velocity(name, rescale
     velocity = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescale, **SDXL)
     snr = snr_of(epsilon)
     inside = snr > 0
-    ours = make_table(epsilon, None, name)
+    ours = make_coefficients(epsilon, None, name)
     torch.testing.assert_close(ours.weight[inside], PAPERS[name](snr[inside]), rtol=1e-12, atol=0)
-    theirs = make_table(velocity, None, name)
+    theirs = make_coefficients(velocity, None, name)
     assert theirs.weight.isfinite().all() and ours.weight.isfinite().all()
     x, noise, answer = (torch.randn(1000, 4, dtype=torch.float64) for _ in range(3))
     a, b = theirs.a[:, None], theirs.b[:, None]
@@ -118,19 +118,19 @@ def test_other_weightings_are_the_papers_and_the_same_for_velocity(name, rescale
 
 
 def test_edm_style_is_epsilons_plain_loss():
-    assert (make_table(DDPMScheduler(**SDXL), edm_style=True).weight == 1).all()
+    assert (make_coefficients(DDPMScheduler(**SDXL), edm_style=True).weight == 1).all()
     scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, **SDXL)
-    weight = make_table(scheduler, edm_style=True).weight
+    weight = make_coefficients(scheduler, edm_style=True).weight
     torch.testing.assert_close(weight, scheduler.alphas_cumprod.double(), rtol=1e-9, atol=1e-15)
     assert weight[-1] == 0
 
 
 def test_what_contradicts_is_refused():
     with pytest.raises(UserError, match="sample"):
-        make_table(DDPMScheduler(prediction_type="sample", **SDXL))
+        make_coefficients(DDPMScheduler(prediction_type="sample", **SDXL))
     for flags in ({"snr_gamma": 5.0}, {"weighting": "debiased"}):
         with pytest.raises(UserError, match="weights by the EDM formulas"):
-            make_table(EDMEulerScheduler(), **flags)
+            make_coefficients(EDMEulerScheduler(), **flags)
     with pytest.raises(UserError, match="--prediction_type v_prediction cannot be had of an EDM model"):
         trainer.with_prediction(EDMEulerScheduler(), "v_prediction", False)
     with pytest.raises(UserError, match="--rescale_betas_zero_snr needs --prediction_type v_prediction"):
@@ -144,7 +144,7 @@ def test_what_contradicts_is_refused():
 def test_another_prediction_and_zero_snr_come_from_the_scheduler():
     scheduler = trainer.with_prediction(EulerDiscreteScheduler(**SDXL), "v_prediction", True)
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
-    assert make_table(scheduler).snr[-1] < 1e-7 and make_table(scheduler).weight.isfinite().all()
+    assert make_coefficients(scheduler).snr[-1] < 1e-7 and make_coefficients(scheduler).weight.isfinite().all()
     untouched = EulerDiscreteScheduler(**SDXL)
     assert trainer.with_prediction(untouched, None, False) is untouched
 
@@ -199,7 +199,7 @@ def test_timesteps_come_as_often_as_their_density_says(bias, low, high):
 def test_by_default_all_timesteps_come(kind):
     objective = make_objective(kind(**(SDXL if kind is DDPMScheduler else {"sigma_data": 0.5})))
     torch.manual_seed(0)
-    drawn = objective.draw_timesteps(100_000, torch.device("cpu"))
+    drawn = objective.sample_timesteps(100_000, torch.device("cpu"))
     assert drawn.unique().tolist() == list(range(len(objective.table.a)))
 
 
@@ -237,7 +237,7 @@ def test_everything_together_written_out(kind, loss_type):
     """Weighting, Huber, offset, a class row and a mask in one loss."""
     flags = {"noise_offset": 0.3, "loss_type": loss_type, "loss_weighting": "debiased"}
     scheduler = DDPMScheduler(prediction_type=kind, **SDXL)
-    objective, table = make_objective(scheduler, **flags), make_table(scheduler, None, "debiased")
+    objective, table = make_objective(scheduler, **flags), make_coefficients(scheduler, None, "debiased")
     mask = torch.rand(2, 1, 2, 2)
     rows = batch(2, 1, [1.0, 0.4])._replace(mask=mask)
     told = []
@@ -323,7 +323,7 @@ def test_the_base_model_is_the_target_of_the_class_prompts_rows():
     model, rows = TwoModels(), batch(4, 2, [1.0, 1.0, 0.7, 0.7])
     torch.manual_seed(1)
     ours = diffusion_loss(model, objective, rows)
-    plain = objective._replace(prior=trainer.prior_of_pictures)
+    plain = objective._replace(prior=trainer.NoPrior(None))
     torch.manual_seed(1)
     subject = diffusion_loss(model, plain, rows).rows.mean()
     torch.testing.assert_close(ours.total, subject + 0.7 * model.change.square())  # it moved by that from the base
@@ -406,7 +406,7 @@ def test_with_a_heavy_weight_the_class_moves_less(train, tmp_path):
         output = train(**flags, prior_loss_weight=weight, output_dir=tmp_path / str(weight))
         run = trainer.start(train.args(init_lora=output / trainer.LORA_FILE, output_dir=tmp_path / "probe"))
         model = trainer.load_trainable(run).eval()
-        table = trainer.build_text(run, ["a photo of a dog"], False, run.dtype)
+        table = trainer.encode_prompts(run, ["a photo of a dog"], False, run.dtype)
         torch.manual_seed(0)
         inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), table.of("a photo of a dog"), torch.full((1, 6), 16.0)
         with torch.no_grad():
@@ -426,4 +426,4 @@ def test_losses_are_told_by_range_of_timesteps(train):
     seen = [(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 249, 250])), (torch.tensor([7.0]), torch.tensor([999]))]
     progress.seen = [(1, (), trainer.Loss(rows.mean(), rows, timesteps)) for rows, timesteps in seen]
     expected = {"loss/timesteps 0-249": 2.0, "loss/timesteps 250-499": 5.0, "loss/timesteps 750-999": 7.0}
-    assert progress.by_timestep() == expected
+    assert progress.loss_by_timestep() == expected

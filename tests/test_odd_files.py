@@ -238,7 +238,7 @@ def test_masks_beside_the_pictures_are_no_pictures(train, masked, tmp_path, caps
     Image.new("RGB", (30, 20)).save(tmp_path / "dog_mask.png")  # of a carnival: there is no dog.png
     assert set(prompts(train, tmp_path)) == {"dog_mask.png"}
     args = train.args(instance_data_dir=tmp_path, **flags)
-    assert len(trainer.class_samples(args, ())) == 3
+    assert len(trainer.choose_prior(args).samples(())) == 3
     train(instance_data_dir=masked, dry_run=True)
     assert "left out, as masks by their names; --masked_loss uses them" in capsys.readouterr().out
 
@@ -358,7 +358,7 @@ def test_pictures_in_sub_folders(train, folder, tmp_path, capsys):
     with pytest.raises(trainer.UserError, match=f"--class_data_dir .* {told}"):
         train.args(instance_data_dir=folder, **flags)
     args = train.args(instance_data_dir=folder, recursive=True, **flags)
-    assert [sample.path.name for sample in trainer.class_samples(args, ())] == ["0.png"]
+    assert [sample.path.name for sample in trainer.choose_prior(args).samples(())] == ["0.png"]
     assert len(trainer.missing_class_images(kohya, 3, recursive=True)) == 2
     train(instance_data_dir=kohya, recursive=True, dry_run=True)
     assert "the 10 of '10_sks dog' is --repeats 10 here" in capsys.readouterr().out
@@ -384,7 +384,7 @@ def test_pictures_in_sub_folders(train, folder, tmp_path, capsys):
 )
 def test_a_new_token_between_letters_of_a_script_without_spaces(train, prompt, expected):
     args = train.args(train_text_encoder_ti=True, instance_prompt="a photo of TOK")
-    assert trainer.with_tokens(args, prompt) == expected
+    assert trainer.choose_text(args).replace_words(prompt) == expected
 
 
 def test_kohyas_prompts_file(train, tmp_path):

@@ -4,12 +4,20 @@ from collections import Counter
 
 import pytest
 
-from train_dreambooth_lora_sdxl import Order, micro_batches, plan_epoch, plan_steps, position_seed, seat, shuffled
+from train_dreambooth_lora_sdxl import (
+    BatchSampler,
+    micro_batches,
+    plan_epoch,
+    plan_steps,
+    position_seed,
+    row_at,
+    shuffled,
+)
 
 
 @pytest.mark.parametrize("rows, batch_size", [(5, 4), (5, 1), (1, 3), (7, 7), (3, 8), (12, 5)])
 def test_trap_9_every_batch_is_full_and_every_picture_counts_alike(rows, batch_size):
-    order = Order([range(rows)], (), batch_size, seed=3)
+    order = BatchSampler([range(rows)], (), batch_size, seed=3)
     batches = [order.rows(n) for n in range(rows * 6)]
     assert all(len(batch) == batch_size for batch in batches)
     counts = Counter(row.sample for batch in batches for row in batch)
@@ -20,7 +28,7 @@ def test_looks_are_counted():
     """The n-th time that a sample comes, it was looked at n times before."""
     seen = Counter()
     for position in range(70):
-        sample, looks = seat(range(7), 3, position)
+        sample, looks = row_at(range(7), 3, position)
         assert looks == seen[sample]
         seen[sample] += 1
 
@@ -33,15 +41,15 @@ def test_epochs_differ_and_are_reproducible():
 
 def test_buckets_never_mix_and_nobody_is_dropped():
     buckets = [(0, 1, 2), (3,), (4, 5, 6, 7, 8)]
-    seats = [batch for epoch in range(4) for batch in plan_epoch(buckets, 4, 0, epoch)]
-    batches = [[row.sample for row in batch] for batch in seats]
+    rows = [batch for epoch in range(4) for batch in plan_epoch(buckets, 4, 0, epoch)]
+    batches = [[row.sample for row in batch] for batch in rows]
     assert all(any(set(batch) <= set(bucket) for bucket in buckets) for batch in batches)
     counts = Counter(row for batch in batches for row in batch)
     assert set(counts) == set(range(9)) and set(counts.values()) == {4}
 
 
 def test_class_rows_stand_beside_instance_rows():
-    order = Order([range(5)], range(5, 12), 3, seed=0)
+    order = BatchSampler([range(5)], range(5, 12), 3, seed=0)
     for n in range(10):
         rows = [row.sample for row in order.rows(n)]
         assert all(row < 5 for row in rows[:3]) and all(row >= 5 for row in rows[3:]) and len(rows) == 6

@@ -35,7 +35,7 @@ def test_every_row_of_every_bucket_comes_equally_often(sizes, batch_size, seed):
 @given(st.integers(1, 12), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**31), st.integers(0, 200))
 def test_a_micro_batch_is_a_function_of_its_number(rows, classes, batch_size, seed, n):
     def order():
-        return trainer.Order([range(rows)], range(rows, rows + classes), batch_size, seed)
+        return trainer.BatchSampler([range(rows)], range(rows, rows + classes), batch_size, seed)
 
     walked, jumped = order(), order()
     for before in range(n):

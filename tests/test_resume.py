@@ -66,7 +66,7 @@ def shared(tmp_path_factory) -> dict[str, Path]:
 
 def at_step(patch, number: int, act) -> None:
     """Do something in the middle of a step, between its gradients and its update."""
-    real, looks = trainer.GradientWatch.look, []
+    real, looks = trainer.GradientWatch.check, []
 
     def look(watch) -> None:
         looks.append(watch)
@@ -74,7 +74,7 @@ def at_step(patch, number: int, act) -> None:
             act()
         real(watch)
 
-    patch.setattr(trainer.GradientWatch, "look", look)
+    patch.setattr(trainer.GradientWatch, "check", look)
 
 
 def stop_in_the_middle(train, patch, how: str, **flags) -> None:

@@ -157,7 +157,7 @@ def test_a_signal_before_training_keeps_what_was_made(train, tmp_path, monkeypat
 
 
 def test_a_signal_in_a_validation_ends_after_the_picture(train, monkeypatch):
-    real, drawn = trainer.draw, []
+    real, drawn = trainer.generate_latents, []
 
     def draw(run, *others):
         drawn.append(run)
@@ -165,7 +165,7 @@ def test_a_signal_in_a_validation_ends_after_the_picture(train, monkeypatch):
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(run, *others)
 
-    monkeypatch.setattr(trainer, "draw", draw)
+    monkeypatch.setattr(trainer, "generate_latents", draw)
     with pytest.raises(trainer.Stopped, match="Stopped after step 2") as stopped:
         train(max_train_steps=9, validation_prompt="a dog", num_validation_images=2, validation_steps=1)
     assert stopped.value.exit_code == 128 + signal.SIGUSR1 and len(drawn) == 3
@@ -174,12 +174,12 @@ def test_a_signal_in_a_validation_ends_after_the_picture(train, monkeypatch):
 def test_a_second_ctrl_c_ends_at_once_and_a_signal_that_comes_twice_does_not():
     """A cluster sends SIGTERM to all processes, and the launcher hands it on once more."""
     stop = trainer.StopSignals()
-    stop.at_once = None  # it trains
-    stop.note(signal.SIGTERM, None)
-    stop.note(signal.SIGTERM, None)
+    stop.message = None  # it trains
+    stop.handle(signal.SIGTERM, None)
+    stop.handle(signal.SIGTERM, None)
     assert stop.signum == signal.SIGTERM
     with pytest.raises(trainer.Stopped, match="at once"):
-        stop.note(signal.SIGINT, None)
+        stop.handle(signal.SIGINT, None)
 
 
 def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(train):
@@ -199,9 +199,9 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(train):
 
 def test_a_signal_after_training_ends_at_once():
     stop = trainer.StopSignals()
-    stop.at_once = trainer.AFTER_TRAINING
+    stop.message = trainer.AFTER_TRAINING
     with pytest.raises(trainer.Stopped, match="Checkpoint and LoRA are written") as stopped:
-        stop.note(signal.SIGTERM, None)
+        stop.handle(signal.SIGTERM, None)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
@@ -238,7 +238,7 @@ def test_what_an_earlier_run_made_is_moved_not_overwritten(train):
 def test_two_runs_may_write_the_same_file_at_once(tmp_path):
     """Though their processes have the same number, as in two containers."""
     path = tmp_path / "key.safetensors"
-    with trainer.written_beside(path, shared=True) as first, trainer.written_beside(path, shared=True) as second:
+    with trainer.atomic_write(path, shared=True) as first, trainer.atomic_write(path, shared=True) as second:
         first.write_text("whole")
         second.write_text("whole")
     assert path.read_text() == "whole" and not leftovers(tmp_path)
@@ -393,11 +393,11 @@ def test_a_scaler_skips_gradients_but_not_losses(train):
     batch = trainer.Batch(*[None] * 6, ("a.png",))
     progress = trainer.Progress(trainer.start(train.args()), None, trainer.Schedule(10, 1.0, 1, 1), 0)
     progress.scaler = Scaler()
-    progress.note(trainer.Batch(*[None] * 6, ("innocent.png",)), loss(1.0))
+    progress.add(trainer.Batch(*[None] * 6, ("innocent.png",)), loss(1.0))
     progress.end_step(torch.tensor(math.inf))
-    progress.note(batch, loss(math.nan))
+    progress.add(batch, loss(math.nan))
     progress.end_step(torch.tensor(math.nan))
-    assert "step 2 has loss nan, with a.png" in progress.trouble([1.0, math.nan], [math.inf, math.nan])
+    assert "step 2 has loss nan, with a.png" in progress.nonfinite_message([1.0, math.nan], [math.inf, math.nan])
 
 
 @pytest.fixture
@@ -453,12 +453,12 @@ def test_a_resumed_run_in_fp16_goes_on_with_the_scaler_of_the_one_before(train, 
 
 
 def test_adapters_without_gradient_are_named(capsys, train):
-    trainer.quiet("warning")
+    trainer.quiet_libraries("warning")
     moving, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     watch = trainer.GradientWatch({"moving": moving, "idle": idle}, steps=3)
     for step in range(5):
         moving.grad = torch.full((2,), float(step))
-        watch.look()
+        watch.check()
     assert capsys.readouterr().out == "warning: 1 of 2 adapters got no gradient, idle first: they learn nothing.\n"
 
 

@@ -66,7 +66,7 @@ def test_only_the_new_rows_change(train):
     run = trainer.start(train.args(**TI))
     model = trainer.load_trainable(run)
     before = {name: tensor.clone() for name, tensor in model.text_encoders.state_dict().items()}
-    table = trainer.build_text(run, ["a photo of TOK dog"], True, torch.float32)
+    table = trainer.encode_prompts(run, ["a photo of TOK dog"], True, torch.float32)
     optimizer = trainer.make_optimizer(run.args, model, 1)
     for _ in range(3):
         embeds, pooled = model.embed(table.of("a photo of TOK dog"))
@@ -97,8 +97,8 @@ def test_prompts_are_tokenised_as_at_inference(train, tiny):
     flags = {"token_abstraction": "TOK,STYLE", "instance_prompt": "a TOK dog in STYLE"}
     run = trainer.start(train.args(**{**TI, **flags}))
     tokens = ["<s0>", "<s1>", "<s2>", "<s3>"]
-    assert trainer.with_tokens(run.args, "TOK dog in STYLE") == "<s0><s1> dog in <s2><s3>"
-    table = trainer.build_text(run, ["a TOK dog in STYLE"], True, torch.float32)
+    assert trainer.choose_text(run.args).replace_words("TOK dog in STYLE") == "<s0><s1> dog in <s2><s3>"
+    table = trainer.encode_prompts(run, ["a TOK dog in STYLE"], True, torch.float32)
     model = trainer.load_trainable(run)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
     for part, encoder, tokenizer in zip(
@@ -137,18 +137,16 @@ def test_encoders_stop_for_real(train, tiny, tmp_path, share):
         assert all(torch.equal(resumed[key], last[key]) for key in last)
 
 
-def test_settled_encoders_leave_the_device(train):
+def test_frozen_encoders_leave_the_device(train):
     run = trainer.start(train.args(train_text_encoder=True, train_text_encoder_frac=0.5))
     model = trainer.load_trainable(run)
-    table = trainer.build_text(run, ["a dog"], True, torch.float32)
+    table = trainer.encode_prompts(run, ["a dog"], True, torch.float32)
     before = [part.clone() for part in model.embed(table.of("a dog"))]
-    settle = trainer.make_settler(run.args, model, table, 10)
     moved = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "move_frozen", lambda part, device: moved.append((part, str(device))))
-        settle(4, trainer.Average())
-        assert not moved and table.row(0)[0].dtype == torch.int64
-        settle(5, trainer.Average())
+        assert table.row(0)[0].dtype == torch.int64
+        trainer.freeze_text_encoders(model, table, trainer.EMA())
     assert [device for _, device in moved] == ["cpu", "cpu"]
     assert all(torch.allclose(x, y) for x, y in zip(model.embed(table.of("a dog")), before, strict=True))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -185,7 +183,7 @@ def test_the_prompt_is_pooled_at_its_end_as_in_web_uis(train, tiny, tmp_path):
 
 def test_only_whole_words_are_new_tokens(train):
     args = train.args(**TI)
-    assert trainer.with_tokens(args, "TOK dog in TOKYO, TOK.") == "<s0><s1> dog in TOKYO, <s0><s1>."
+    assert trainer.choose_text(args).replace_words("TOK dog in TOKYO, TOK.") == "<s0><s1> dog in TOKYO, <s0><s1>."
 
 
 def test_flags_that_will_do_nothing_are_told(train, capsys):

@@ -77,13 +77,13 @@ def test_five_pictures_of_each_subject():
         assert len(list((Path(MODEL).parent / "subjects" / subject).glob("*.png"))) == 5
 
 
-def test_the_model_is_read_alike_by_old_and_new_libraries():
+def test_the_model_is_read_alike_by_old_and_new_libraries(train):
     """Its tokenizers and weights have the names that transformers 4 and 5 both read; the numbers are of 5.23."""
-    source = trainer.Source(str(MODEL))
-    ids = trainer.tokenize_prompts(source, ["a photo of a sks dog in a bucket"])
+    run = trainer.start(train.args(pretrained_model_name_or_path=MODEL))
+    ids = trainer.tokenize_prompts(run, ["a photo of a sks dog in a bucket"])
     assert ids[0][0, :12].tolist() == [630, 320, 566, 628, 320, 617, 607, 626, 320, 528, 631, 631]
     assert ids[1][0, :12].tolist() == [630, 320, 566, 628, 320, 617, 607, 626, 320, 528, 631, 0]
-    embeds, pooled = trainer.encode_prompts(source, ids, torch.float32, torch.device("cpu"))
+    embeds, pooled = trainer.encode_text(run.base, ids, torch.float32, torch.device("cpu"))
     assert embeds.shape == (1, 24, 128)
     torch.testing.assert_close(embeds[..., :64].abs().sum().item(), 538.744, rtol=1e-4, atol=0)
     for part in ("tokenizer", "tokenizer_2"):

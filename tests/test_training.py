@@ -41,9 +41,10 @@ def test_accumulation_changes_nothing_but_the_size_of_a_step(train, tmp_path):
     started = trainer.start(train.args())
     model = trainer.load_trainable(started)
     samples = trainer.instance_samples(started.args)
-    table = trainer.build_text(started, [samples[0].prompt], False, torch.float32)
-    cache = trainer.build_cache(started, samples, [(16, 16)] * 5, table)
-    objective, order = trainer.make_objective(started.args, started.scheduler), trainer.Order([range(5)], (), 2, 1)
+    table = trainer.encode_prompts(started, [samples[0].prompt], False, torch.float32)
+    cache = trainer.encode_latents(started, samples, [(16, 16)] * 5, table)
+    objective = trainer.make_objective(started.args, started.scheduler)
+    order = trainer.BatchSampler([range(5)], (), 2, 1)
     for n in range(4):
         torch.manual_seed(trainer.position_seed(1, "noise", n))
         (trainer.diffusion_loss(model, objective, cache.batch(table, order, n)).total / 4).backward()
@@ -74,7 +75,7 @@ def test_the_learning_rate_goes_the_way_that_its_flags_say(train, name):
     flags = {"lr_scheduler": name, "lr_warmup_steps": WARM_UP, "lr_num_cycles": 2, "lr_power": 3}
     run = trainer.start(train.args(max_train_steps=LAST, learning_rate=1e-3, **flags))
     schedule = trainer.plan_steps(run.args, 5, 1)
-    state = trainer.make_state(run, trainer.load_trainable(run), schedule, "digest")
+    state = trainer.make_state(run, trainer.load_trainable(run), schedule, {})
     rates = []
     for _ in range(LAST):
         rates.append(state.optimizer.param_groups[0]["lr"])
@@ -268,7 +269,7 @@ def test_class_pictures_are_seeded_by_number_and_a_stopped_drawing_goes_on(train
 
 def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypatch):
     """UNet, text and VAE, beside a run in float32."""
-    dtypes, draw, decode_latents = [], trainer.draw, trainer.decode_latents
+    dtypes, draw, decode_latents = [], trainer.generate_latents, trainer.decode_latents
 
     def noted_draw(run, model, table, prompt, *rest):
         dtypes.extend([model.unet.dtype, table.of(prompt.text)[0].dtype])
@@ -278,11 +279,11 @@ def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypat
         dtypes.append(vae.dtype)
         return decode_latents(vae, latents)
 
-    monkeypatch.setattr(trainer, "draw", noted_draw)
+    monkeypatch.setattr(trainer, "generate_latents", noted_draw)
     monkeypatch.setattr(trainer, "decode_latents", noted_decode)
     flags = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 1}
     run = trainer.start(train.args(**flags, class_data_dir=tmp_path, prior_generation_precision="bf16"))
-    trainer.make_class_images(run)
+    trainer.generate_class_images(run)
     assert run.dtype == torch.float32 and dtypes == [torch.bfloat16] * 3
 
 

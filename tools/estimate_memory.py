@@ -208,19 +208,19 @@ class MemoryEstimator:
     @torch.enable_grad()
     def training(self) -> None:
         """One optimizer step, the optimizer's moments included."""
-        args, trained = self.args, self.encoders if trainer.trains_text(self.args) else []
+        args, trained = self.args, self.encoders if self.run.text.is_trained else []
         trainer.adapt_meta_models(args, self.unet, trained)
         for encoder in trained:
             give_storage(encoder, self.run.dtype)
         unet = self.packed_unet(self.run.dtype)
-        trainer.recompute(args, unet, trained)
+        trainer.use_checkpointing(args, unet, trained)
         model = trainer.TrainableSDXL(unet, trained).train()
         adapters = list(model.adapters.values())
         state = trainer.OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema
         moments = [torch.empty(adapter.numel() * state, dtype=torch.uint8) for adapter in adapters]
         self.meter.begin()
         self.meter.trained = sum(tensor.nbytes for tensor in (*adapters, *moments))
-        rows = args.train_batch_size * (1 + args.with_prior_preservation)
+        rows = args.train_batch_size * self.run.prior.rows
         ids = torch.zeros(rows, self.encoders[0].config.max_position_embeddings, dtype=torch.long)
         latents = torch.empty(2, rows, 4, self.side, self.side)
         text = (ids, ids) if trained else self.text(rows, self.run.dtype)
@@ -244,9 +244,9 @@ PHASES: dict[str, Callable[[MemoryEstimator], None]] = {
 
 def phases_of(run: Run) -> list[str]:
     """Return the phases that a run will have."""
-    generates = trainer.prior_kind(run.args) == "pictures"
+    generates = run.prior.rows == 2 and not run.prior.is_base_model
     left_out = {"class pictures": not generates, "validation": not run.prompts,
-                "decoding": not generates and not run.prompts, "prompts": trainer.trains_text(run.args)}
+                "decoding": not generates and not run.prompts, "prompts": run.text.is_trained}
     return [name for name in PHASES if not left_out.get(name)]
 
 
@@ -274,7 +274,8 @@ def largest(costs: dict[str, MemoryMeter]) -> tuple[str, float]:
 
 def with_flags(run: Run, **flags: Any) -> Run:
     """Return the run with other flags."""
-    return replace(run, args=argparse.Namespace(**{**vars(run.args), **flags}))
+    args = argparse.Namespace(**{**vars(run.args), **flags})
+    return replace(run, args=args, text=trainer.choose_text(args), prior=trainer.choose_prior(args))
 
 
 def fit_budget(run: Run, budget: float) -> tuple[Run, str, float]:

@@ -148,7 +148,7 @@ def main() -> None:
     output = parser.parse_args().folder
     with trainer.one_sentence():
         page = make_report(output)
-        with trainer.written_beside(output / "report.html") as unfinished:
+        with trainer.atomic_write(output / "report.html") as unfinished:
             unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(output / "report.html")
 
