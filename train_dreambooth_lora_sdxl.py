@@ -41,7 +41,7 @@ How the file is ordered: flags, main, objective, training loop; pictures and the
 before the heavy imports; models, text, adapters, quantization, caches, optimizer, checkpoints, validation, files.
 
 The result is pytorch_lora_weights.safetensors, which StableDiffusionXLPipeline.load_lora_weights reads, a model card,
-and the pictures that were generated during training.
+and the pictures that were generated during training. A switch --name of a configuration is undone with --no-name.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def block_rules(text: str) -> tuple[BlockRule, ...]:
 
 def block_rules_text(text: str) -> str:
     """An argparse type: rules for blocks of the UNet, kept as they are written."""
-    block_rules(text)
+    block_rules(text or " ")  # none at all is a mistake
     return text
 
 
@@ -2356,8 +2356,8 @@ def refuse(condition: object, message: str) -> None:
 def check_args(args: argparse.Namespace, with_weights: bool = True) -> None:
     """Check flags, packages, models, folders and pictures. Raises UserError."""
     broken = [name for name, value in vars(args).items() if re.search("[\ud800-\udfff]", str(value))]
-    refuse(broken, f"--{''.join(broken[:1])} {[getattr(args, name) for name in broken[:1]]!a} holds bytes that are no "
-           "UTF-8; rename what it names.")
+    for name in broken:
+        raise UserError(f"--{name} {getattr(args, name)!a} holds bytes that are no UTF-8; rename what it names.")
     refuse(not args.pretrained_model_name_or_path, f"{BASE_FLAG} is missing: which SDXL is to learn?")
     refuse(args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8; "
            f"{args.resolution // 8 * 8 + 8} is.")
@@ -4461,8 +4461,9 @@ class TrainingState:
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)  # runs no code
         changed = [f"{name} was {state['settings'].get(name)} and is now {now}"
                    for name, now in self.settings.items() if state["settings"].get(name) != now]
-        if state["pictures"] != self.pictures:
-            names = changed_pictures(state["pictures"], self.pictures)
+        before = state.get("pictures", {})  # none in an old checkpoint
+        if before != self.pictures:
+            names = changed_pictures(before, self.pictures) if before else "of an older version"
             changed.append(f"other pictures or prompts than before ({names or 'their weights'})")
         refuse(changed, f"--resume_from_checkpoint {folder}: {''.join(changed[:1])}; a run goes on as it began, so "
                "change it back, or start anew in another --output_dir.")

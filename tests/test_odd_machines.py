@@ -246,7 +246,7 @@ def test_a_tracker_knows_how_the_run_ended(train, monkeypatch, capsys, error):
         with pytest.raises(error, match="power"):
             train(report_to="wandb")
     assert codes == [int(error is not None)]
-    assert "--report_to wandb did not finish (no network); training is not touched" in capsys.readouterr().out
+    assert "--report_to wandb did not finish (no network); training is not affected" in capsys.readouterr().out
 
 
 def test_a_tracker_that_refuses_the_settings_is_finished(train, monkeypatch):
@@ -662,7 +662,7 @@ def test_a_resume_names_the_pictures_that_changed(train, pictures, tmp_path):
     state = torch.load(output / "last-2" / trainer.STATE_FILE)
     del state["pictures"]  # as older versions have it
     torch.save(state, output / "last-2" / trainer.STATE_FILE)
-    with pytest.raises(trainer.UserError, match="what the pictures and prompts hash to was"):
+    with pytest.raises(trainer.UserError, match="other pictures or prompts than before"):
         train(instance_data_dir=made, max_train_steps=3, resume_from_checkpoint="latest")
 
 
