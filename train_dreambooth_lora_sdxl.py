@@ -495,7 +495,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--train_batch_size", type=number(int, 1, high=4096), default=4, metavar="N",
         help="pictures of the subject in a micro-batch, per process")
     add("--gradient_accumulation_steps", type=COUNT, default=1, metavar="N", help="micro-batches an optimizer step")
-    add("--num_train_epochs", type=COUNT, default=1, metavar="N", help="passes over the pictures")
+    add("--num_train_epochs", type=COUNT, default=1, metavar="N", help="epochs: passes over the pictures")
     add("--max_train_steps", type=COUNT, metavar="N", help="optimizer steps; overrides --num_train_epochs")
     add("--steps_per_image", type=count_or_auto, metavar="N|auto",
         help=f"instead: passes over the pictures; auto: {AUTO_EXPOSURES:,} for all pictures together, at least 100 "
@@ -512,7 +512,7 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="optimizer steps, or a share of them such as 0.1; constant has none")
     add("--lr_num_cycles", type=COUNT, default=1, metavar="N", help="cycles of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, metavar="P", help="power of polynomial")
-    add("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adamw", help="in any case")
+    add("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adamw", help="name in upper or lower case")
     add("--use_8bit_adam", **SWITCH, help="the same as --optimizer adamw8bit")
     add("--loraplus_lr_ratio", type=POSITIVE, metavar="R",
         help="LoRA+ (arXiv:2402.12354): learning rate of B over that of A; 16 is usual")
@@ -521,13 +521,13 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
                        ("safeguard_warmup", "do not let the warm-up lower the rate that is found")):
         add(f"--prodigy_{name}", action=OptionalValue, default=True, metavar="BOOL", help=text)
     add("--use_ema", **SWITCH, help="exponential moving average of the LoRA, for validation and files")
-    add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after which a step counts half")
-    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, metavar="B", help="of every Adam")
-    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, metavar="B", help="of every Adam")
-    add("--adam_epsilon", type=POSITIVE, default=1e-8, metavar="E", help="of every Adam")
-    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, metavar="W", help="of the UNet's LoRA")
+    add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after which a step has half its weight")
+    add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, metavar="B", help="of every optimizer like Adam")
+    add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, metavar="B", help="of every optimizer like Adam")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, metavar="E", help="of every optimizer like Adam")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, metavar="W", help="weight decay of the UNet's LoRA")
     add("--adam_weight_decay_text_encoder", type=NOT_NEGATIVE, default=1e-3, metavar="W",
-        help="of the text encoders' LoRA")
+        help="weight decay of the text encoders' LoRA")
     add("--max_grad_norm", type=POSITIVE, default=1.0, metavar="NORM", help="gradients are clipped to this norm")
 
     add = parser.add_argument_group("objective").add_argument
@@ -540,8 +540,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber (arXiv:2403.16728) is robust to outliers")
     add("--huber_c", type=SHARE, default=0.1, metavar="C", help="error at which the Huber loss turns linear")
     add("--noise_offset", type=NOT_NEGATIVE, default=0.0, metavar="S", help="also learn brightness; 0.05 is usual")
-    add("--min_timestep", type=INDEX, default=0, metavar="T", help="0 has the least noise")
-    add("--max_timestep", type=INDEX, metavar="T", help="default: the last, usually 999")
+    add("--min_timestep", type=INDEX, default=0, metavar="T", help="lowest timestep; 0 has the least noise")
+    add("--max_timestep", type=INDEX, metavar="T", help="highest timestep; default: the last, usually 999")
     add("--timestep_bias", choices=["uniform", "logit-normal"], default="uniform",
         help="logit-normal prefers timesteps in the middle (arXiv:2403.03206)")
 
@@ -552,10 +552,12 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--base_precision", choices=["auto", "int8", "nf4"], default="auto",
         help="storage of the frozen UNet's linear layers; auto: the mixed precision")
     add("--allow_tf32", **SWITCH, help="faster float32 matrix products on Ampere cards and later")
-    add("--torch_compile", choices=["regional", "full"], help="default: that of `accelerate config`")
+    add("--torch_compile", choices=["regional", "full"],
+        help="compile the repeated blocks or the whole UNet; default: that of `accelerate config`")
     add("--cuda_graph", **SWITCH, help="replay a micro-batch as a CUDA graph; unproven on GPUs")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="PyTorch's attention needs as little memory")
-    add("--ddp_timeout", type=POSITIVE, default=600, metavar="SECONDS", help="for which a process waits for another")
+    add("--ddp_timeout", type=POSITIVE, default=600, metavar="SECONDS",
+        help="how long a process waits for another")
     add("--local_rank", type=int, default=-1, metavar="N", help="set by old launchers; not needed")
 
     add = parser.add_argument_group("validation and logs").add_argument
@@ -563,9 +565,11 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="generate pictures before, during and after training; may be repeated. A file has a prompt a line and # "
              "comments. Options after a prompt, as in kohya's files: --n NEGATIVE --w WIDTH --h HEIGHT --d SEED --s "
              f"STEPS (default: {INFERENCE_STEPS}) --l GUIDANCE_SCALE (default: {GUIDANCE_SCALE:g})")
-    add("--num_validation_images", type=COUNT, default=4, metavar="N", help="of each prompt, always the same seeds")
-    add("--validation_epochs", type=COUNT, default=50, metavar="N", help="passes over the pictures between two")
-    add("--validation_steps", type=COUNT, metavar="N", help="the same in optimizer steps; overrides the epochs")
+    add("--num_validation_images", type=COUNT, default=4, metavar="N",
+        help="pictures of each prompt, always with the same seeds")
+    add("--validation_epochs", type=COUNT, default=50, metavar="N", help="epochs between two validations")
+    add("--validation_steps", type=COUNT, metavar="N",
+        help="optimizer steps between two validations; overrides the epochs")
     add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard",
         help="all: those that are installed and logged in")
     add("--logging_dir", default="logs", metavar="DIR", help="in --output_dir unless absolute")
@@ -576,13 +580,13 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", default="lora-dreambooth-model", metavar="DIR", help="a new one for each run")
     add("--output_kohya_format", **SWITCH, help=f"also write {KOHYA_FILE} for ComfyUI, A1111 and Forge")
-    add("--lora_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the LoRA files")
+    add("--lora_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="dtype of the LoRA files")
     add("--checkpointing_steps", type=COUNT, default=500, metavar="N", help="optimizer steps between two checkpoints")
     add("--checkpoints_total_limit", type=COUNT, metavar="N", help="older checkpoints are removed")
     add("--resume_from_checkpoint", metavar="latest|NAME|DIR", help="continue a run exactly")
     add("--init_lora", metavar="FILE", help="start a new run from a LoRA file of diffusers or a web UI")
     add("--push_to_hub", **SWITCH, help="upload LoRA, model card and validation pictures, nothing else")
-    add("--hub_model_id", metavar="ID", help="default: the name of --output_dir, in your namespace")
+    add("--hub_model_id", metavar="ID", help="repository; default: the name of --output_dir, in your namespace")
     add("--hub_private_repo", **SWITCH, help="create a private repository")
     add("--hub_token", metavar="TOKEN", help="visible to others on this machine: prefer `hf auth login` or HF_TOKEN")
     for action in parser._actions:
@@ -708,6 +712,7 @@ class FrozenText:
     """Frozen text encoders: each prompt is encoded once, before the UNet is loaded."""
 
     is_trained, share = False, 1.0  # whether encoders are trained, and for which share of the steps
+    files = ()  # besides the LoRA
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.tokens = args, {}  # new tokens by the word that they replace
@@ -716,6 +721,12 @@ class FrozenText:
         """Raise UserError for flags that contradict the mode."""
         if self.args.train_text_encoder_frac:
             warn("--train_text_encoder_frac does nothing without --train_text_encoder.")
+
+    def check_share(self) -> None:
+        """Raise UserError if a part of the training is to stop and the optimizer cannot do that."""
+        refuse(self.share < 1 and self.args.optimizer == "schedule_free", f"--train_text_encoder_frac {self.share:g} "
+               "stops a part of the training, which --optimizer schedule_free cannot do; use "
+               "--train_text_encoder_frac 1, or another optimizer.")
 
     def new_tokens(self) -> list[str]:
         """Return all new tokens in order."""
@@ -758,9 +769,7 @@ class LoraText(FrozenText):
 
     def check(self) -> None:
         """Raise UserError for flags that contradict the mode."""
-        refuse(self.share < 1 and self.args.optimizer == "schedule_free", f"--train_text_encoder_frac {self.share:g} "
-               "stops a part of the training, which --optimizer schedule_free cannot do; use "
-               "--train_text_encoder_frac 1, or another optimizer.")
+        self.check_share()
         refuse(self.share < 1 and choose_prior(self.args).is_base_model, "--with_prior_preservation without "
                "--class_data_dir compares with the base model, whose text encoders are gone after "
                f"--train_text_encoder_frac {self.share:g} of the steps; leave one out.")
@@ -774,7 +783,7 @@ class LoraText(FrozenText):
 class PivotalTuning(FrozenText):
     """New tokens, whose embeddings are trained beside the UNet's LoRA, and which replace words in prompts."""
 
-    is_trained = True
+    is_trained, files = True, (EMBEDDINGS_FILE,)
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
@@ -787,9 +796,7 @@ class PivotalTuning(FrozenText):
         args = self.args
         refuse(args.train_text_encoder, "--train_text_encoder and --train_text_encoder_ti exclude each other: LoRA on "
                "the encoders, or new tokens.")
-        refuse(self.share < 1 and args.optimizer == "schedule_free", f"--train_text_encoder_frac {self.share:g} stops "
-               "a part of the training, which --optimizer schedule_free cannot do; use --train_text_encoder_frac 1, "
-               "or another optimizer.")
+        self.check_share()
         refuse(args.optimizer == "prodigy" and args.token_lr not in (1e-3, args.learning_rate), "--optimizer prodigy "
                "finds one rate for all, and --token_lr sets another; leave one out.")
         refuse(args.init_lora, "--init_lora reads no new tokens, so --train_text_encoder_ti would begin them anew; "
@@ -1966,8 +1973,8 @@ def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str, str]]:
     """
     import datasets  # seconds that only this flag costs
 
-    source, image, caption, empty = (args.dataset_name, args.dataset_config_name), args.image_column, \
-        args.caption_column, []
+    source, empty = (args.dataset_name, args.dataset_config_name), []
+    image, caption = args.image_column, args.caption_column
     try:
         rows = datasets.load_dataset(*source, split=args.dataset_split, streaming=True, cache_dir=args.cache_dir)
     except Exception as error:
@@ -2379,8 +2386,8 @@ def check_args(args: argparse.Namespace, with_weights: bool = True) -> None:
 
 def check_conflicts(args: argparse.Namespace) -> None:
     """Check flags that contradict each other. Raises UserError."""
-    rules, is_free, is_prodigy = block_rules(args.lora_unet_blocks), args.optimizer == "schedule_free", \
-        args.optimizer == "prodigy"
+    rules = block_rules(args.lora_unet_blocks)
+    is_free, is_prodigy = args.optimizer == "schedule_free", args.optimizer == "prodigy"
     weighting = "--snr_gamma" if args.snr_gamma else "--loss_weighting"
     refuse(args.snr_gamma and args.loss_weighting,
            "--snr_gamma and --loss_weighting both weight the timesteps; give one of them.")
@@ -5225,23 +5232,13 @@ def check_lora_fits(path: Path, tensors: dict[str, Tensor], scales: dict[str, fl
 # ------------------------------------------------------------------------------------------------- plan, card, and Hub
 
 
-def adapt_meta_models(args: argparse.Namespace, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
-    """Add what is trained to models on the meta device."""
-    add_adapters(args, unet)
-    for encoder in encoders if args.train_text_encoder else ():
-        add_adapters(args, encoder)
-    for encoder in encoders if args.train_text_encoder_ti else ():
-        known = encoder.get_input_embeddings()
-        rows = torch.zeros(len(choose_text(args).new_tokens()), known.embedding_dim)
-        encoder.set_input_embeddings(NewTokens(known, known.num_embeddings, rows))
-
-
 def describe_adapters(run: Run) -> str:
     """Say what will be trained: kind, rank, layers, parameters, megabytes; no weights are read. Raises UserError."""
     args = run.args
     parts = {part: meta_model(run.base, part) for part in ("unet", *(TEXT_ENCODERS if run.text.is_trained else ()))}
     unet, *encoders = parts.values()
-    adapt_meta_models(args, unet, encoders)
+    add_adapters(args, unet)
+    run.text.add_to(run, encoders)
     layers = {part: [layer for layer in model.modules() if hasattr(layer, "lora_A")] for part, model in parts.items()}
     trained = [f"rank {', '.join(map(str, sorted({layer.r['default'] for layer in own})))} on {len(own)} layers of "
                f"the {part.replace('unet', 'UNet')}" for part, own in layers.items() if own]
@@ -5488,7 +5485,7 @@ def push(args: argparse.Namespace, repo: str, gallery: Sequence[Path]) -> str:
     """Upload LoRA, card and gallery, and nothing else, in one commit; return its address. Raises HubError."""
     output, api = Path(args.output_dir), HfApi(token=args.hub_token)
     files = [output / LORA_FILE, output / "README.md", *gallery, *[output / KOHYA_FILE] * args.output_kohya_format,
-             *[output / EMBEDDINGS_FILE] * args.train_text_encoder_ti]
+             *(output / name for name in choose_text(args).files)]
 
     def upload() -> str:
         operations = [CommitOperationAdd(path.relative_to(output).as_posix(), path) for path in files]

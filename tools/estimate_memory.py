@@ -209,7 +209,8 @@ class MemoryEstimator:
     def training(self) -> None:
         """One optimizer step, the optimizer's moments included."""
         args, trained = self.args, self.encoders if self.run.text.is_trained else []
-        trainer.adapt_meta_models(args, self.unet, trained)
+        trainer.add_adapters(args, self.unet)
+        self.run.text.add_to(self.run, trained)
         for encoder in trained:
             give_storage(encoder, self.run.dtype)
         unet = self.packed_unet(self.run.dtype)
