@@ -71,7 +71,6 @@ import select
 import shlex
 import shutil
 import signal
-import stat
 import statistics
 import sys
 import tempfile
@@ -91,6 +90,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from PIL import __version__ as PIL_VERSION  # noqa: N812
+from safetensors import SafetensorError, safe_open
 
 if os.name == "posix":
     import fcntl
@@ -99,10 +99,8 @@ else:
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 EMBEDDINGS_FILE, CONFIG_FILE, HISTORY_FILE = "embeddings.safetensors", "training_config.yaml", "history.jsonl"
-MANIFEST_FILE, STATE_FILE = ".train_dreambooth_lora_sdxl.json", "state.pt"
-OUTPUT_NAMES = {  # what a run writes into its folder, each with the file whose entry in the manifest vouches for it
-    **{name: name for name in (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, CONFIG_FILE, "README.md", "progress.png")},
-    HISTORY_FILE: CONFIG_FILE, "validation/step-000000": "progress.png"}
+STATE_FILE = "state.pt"
+OUTPUT_FILES = (LORA_FILE, KOHYA_FILE, EMBEDDINGS_FILE, CONFIG_FILE, HISTORY_FILE, "README.md", "progress.png")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")  # if they exist
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 CAPTION_SUFFIXES = (".caption", ".txt")  # the last one wins
@@ -207,19 +205,11 @@ class Parser(argparse.ArgumentParser):
         found = []
         for word in [word for word in words if word.startswith("-")] or words:  # not the values of unknown flags
             name = re.sub("^--(no-)?", "", word.split("=")[0])
-            if name in DROPPED_FLAGS:
-                raise UserError(f"--{name} was removed: {DROPPED_FLAGS[name][1]}.")
+            for cure, names in DROPPED_FLAGS.items():
+                refuse(name in names.split(), f"--{name} was removed: {cure}.")
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             found.append(f"{word} (did you mean {near[0]}?)" if near else word)
         raise UserError(f"{where} does not know {', '.join(found)}.")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help that does not repeat each switch as --no-switch."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        usage = super()._format_action_invocation(action)
-        return usage.split(", --no-")[0] if isinstance(action, argparse.BooleanOptionalAction) else usage
 
 
 class OptionalValue(argparse.BooleanOptionalAction):
@@ -336,20 +326,33 @@ def block_rules_text(text: str) -> str:
     return text
 
 
+def adam_keywords(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return the keywords of an optimizer like Adam."""
+    return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **more}
+
+
 class OptimizerKind(NamedTuple):
-    """Where an optimizer is found, and the bytes of its state for a trained parameter."""
+    """Where an optimizer is found, what it is made with, and the bytes of its state for a trained parameter."""
 
     module: str
     name: str
     state_bytes: int
+    keywords: Callable[[argparse.Namespace], dict[str, Any]] = adam_keywords
+    finds_rate: bool = False  # by itself: all groups have one
+    averages: bool = False  # the adapters by itself
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerKind("torch.optim", "AdamW", 8),
+    "adamw": OptimizerKind("torch.optim", "AdamW", 8,  # fused: one launch for a thousand small tensors
+                           lambda args: adam_keywords(args, fused=True)),
     "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2),
-    "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16),
-    "adafactor": OptimizerKind("transformers", "Adafactor", 0),
-    "schedule_free": OptimizerKind("schedulefree", "AdamWScheduleFree", 8)}
+    "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16, lambda args: adam_keywords(  # arXiv:2306.06101
+        args, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple, safeguard_warmup=args.prodigy_safeguard_warmup,
+        use_bias_correction=args.prodigy_use_bias_correction), finds_rate=True),
+    "adafactor": OptimizerKind("transformers", "Adafactor", 0, lambda args: {  # arXiv:1804.04235
+        "eps": (1e-30, 1e-3), "scale_parameter": False, "relative_step": False, "warmup_init": False}),
+    "schedule_free": OptimizerKind("schedulefree", "AdamWScheduleFree", 8,  # arXiv:2405.15682
+                                   lambda args: adam_keywords(args, warmup_steps=0), averages=True)}
 COUNT, INDEX = number(int, 1), number(int, 0)
 SEED = number(int, 0, high=2**63 - 1, cure="; leave it out to have one drawn at random")
 FEW = number(int, 1, high=10**5)  # of what is listed before anything else happens
@@ -366,52 +369,46 @@ LOSS_TYPES = ("l2", "huber")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PATH_FLAGS = ("config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config",
-              "cache_dir", "instance_data_dir", "dataset_name", "class_data_dir", "mask_dir", "cache_latents_dir",
+              "cache_dir", "instance_data_dir", "dataset_name", "class_data_dir", "masked_loss", "cache_latents_dir",
               "output_dir", "logging_dir", "resume_from_checkpoint", "init_lora")
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 RESUME_FLAGS = (  # what may not change between start and resume
     "resolution", "caption_dropout", "background_loss_weight", "with_prior_preservation", "base_precision",
     "train_batch_size", "rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_layers",
     "lora_unet_blocks", "train_text_encoder", "train_text_encoder_frac", "train_text_encoder_ti", "token_abstraction",
-    "num_new_tokens_per_abstraction", "initializer_concept", "token_lr", "clip_skip", "learning_rate",
-    "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer",
-    "loraplus_lr_ratio", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
-    "prodigy_safeguard_warmup", "use_ema", "ema_half_life", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "initializer_concept", "token_lr", "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler",
+    "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "prodigy_beta3", "prodigy_decouple",
+    "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "use_ema", "adam_beta1", "adam_beta2", "adam_epsilon",
     "adam_weight_decay", "adam_weight_decay_text_encoder", "max_grad_norm", "prediction_type",
-    "rescale_betas_zero_snr", "do_edm_style_training", "snr_gamma", "loss_weighting", "loss_type", "huber_c",
-    "noise_offset", "min_timestep", "max_timestep", "timestep_bias", "revision", "variant")
-OF_PROMPT = "an option of the prompt sets it: --validation_prompt 'a dog"
-DROPPED_FLAGS = {  # of earlier versions: values that changed nothing, and what to do instead
-    "estimate_memory": ((False,), "python tools/estimate_memory.py takes the same flags"),
-    "vram_budget": ((), "python tools/estimate_memory.py --budget GB finds the flags that fit"),
-    "checkpoint_blocks": ((0,), "--gradient_checkpointing N does the same"),
-    "monitor_steps": ((), "--validation_steps shows what is learnt and what is lost"),
-    "prior_preservation": (("pictures",), "--with_prior_preservation uses class pictures with --class_data_dir, else "
-                           "the base model's predictions"),
-    "dco_beta": ((1000.0,), "direct consistency optimisation kept the class in fewer than half of the runs"),
-    "lora_init": (("gaussian",), "no other initialisation was better than Gaussian (benchmarks/crafts.md)"),
-    "lora_preset": (("attention",), "--lora_layers attention+ff or full; B-LoRA's style is --lora_unet_blocks "
-                    "up_blocks.0.attentions.1, its content up_blocks.0.attentions.0"),
-    "train_text_encoder_ti_frac": ((0.5,), "--train_text_encoder_frac holds for new tokens, too"),
-    "input_perturbation": ((0.0,), "it did not help (benchmarks/crafts.md)"),
-    "huber_schedule": (("snr",), "--loss_type huber uses the schedule by signal-to-noise ratio"),
-    "on_nan": (("stop",), "a step that is not finite ends the run; the last checkpoint is whole"),
-    "max_skipped_steps": ((10,), "a step that is not finite ends the run; the last checkpoint is whole"),
-    "max_upscale": ((2.0,), "with buckets a picture is enlarged at most twice"),
-    "cache_variants": ((8,), "eight crops of a picture are encoded; --repeats adds more"),
-    "allow_pickle": ((False, True), "weights that are pickles are read without running code"),
-    "checkpointing_minutes": ((), "--checkpointing_steps sets the interval"),
-    "card_data_samples": ((False,), "pictures that are to be public can be added to the repository by hand"),
-    "validation_prompts": ((), "--validation_prompt reads a .txt file, too"),
-    "validation_negative_prompt": ((), f"{OF_PROMPT} --n blurry'"),
-    "validation_num_inference_steps": ((25,), f"{OF_PROMPT} --s 30'"),
-    "validation_guidance_scale": ((5.0,), f"{OF_PROMPT} --l 7'"),
-    "validation_resolution": ((), f"{OF_PROMPT} --w 768 --h 768'")}
+    "rescale_betas_zero_snr", "do_edm_style_training", "snr_gamma", "loss_weighting", "loss_type",
+    "noise_offset", "min_timestep", "max_timestep", "revision", "variant")
+DROPPED_FLAGS = {  # of earlier versions, by what to do instead
+    "tools/estimate_memory.py takes the same flags, and --budget GB": "estimate_memory vram_budget",
+    "accelerate does it: accelerate launch --dynamo_backend inductor, with --dynamo_use_regional_compilation for the "
+    "repeated blocks alone, or --dynamo_mode reduce-overhead for CUDA graphs": "torch_compile cuda_graph",
+    "it did not help (benchmarks/crafts.md)":
+        "loraplus_lr_ratio timestep_bias lora_init input_perturbation dco_beta",
+    "it is fixed: EMA has the decay of diffusers' EMAModel, Huber's c is 0.1, a word has 2 new tokens, a picture 8 "
+    "crops and at most twice its size, and SDXL reads its encoders' penultimate layers":
+        "ema_half_life huber_c num_new_tokens_per_abstraction cache_variants max_upscale clip_skip",
+    "--masked_loss DIR does the same": "mask_dir",
+    "--gradient_checkpointing N does the same": "checkpoint_blocks",
+    "--lora_layers takes attention+ff and full, --lora_unet_blocks those of B-LoRA (docs/methods.md)": "lora_preset",
+    "--with_prior_preservation uses the base model's predictions without --class_data_dir": "prior_preservation",
+    "--train_text_encoder_frac holds for new tokens, too": "train_text_encoder_ti_frac",
+    "--loss_type huber uses the schedule by signal-to-noise ratio": "huber_schedule",
+    "a step that is not finite ends the run, and the last checkpoint is whole": "on_nan max_skipped_steps",
+    "weights that are pickles are read without running code": "allow_pickle",
+    "--checkpointing_steps and --validation_steps set the intervals": "checkpointing_minutes monitor_steps",
+    "add pictures that are to be public to the repository by hand": "card_data_samples",
+    "--validation_prompt reads a .txt file, too, and options after a prompt, such as --n blurry --s 30 --l 7 --w 768":
+        "validation_prompts validation_negative_prompt validation_num_inference_steps validation_guidance_scale "
+        "validation_resolution"}
 
 
 def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     """Make the parser of the command line; one entry a flag."""
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="accelerate launch train_dreambooth_lora_sdxl.py FLAGS")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it")
 
@@ -438,8 +435,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
         help="probability of training a picture on the empty prompt")
     add("--repeats", type=FEW, default=1, metavar="N", help="copies of a picture, each with own crops and flips")
     add("--resolution", type=square_side, default=1024, metavar="PIXELS", help="side of the square; a multiple of 8")
-    add("--masked_loss", **SWITCH, help="weight the loss by masks: transparency, or files such as dog_mask.png")
-    add("--mask_dir", metavar="DIR", help="folder with masks of the pictures' names; white is the subject")
+    add("--masked_loss", action=OptionalValue, value_type=str, default=False, metavar="DIR",
+        help="weight the loss by masks, where white is the subject: transparency, files such as dog_mask.png, or DIR: "
+             "a folder of masks with the pictures' names")
     add("--background_loss_weight", type=SHARE, default=0.1, metavar="W",
         help="weight of the background with --masked_loss")
     add("--aspect_ratio_buckets", type=bucket_list, metavar="auto|LIST",
@@ -484,12 +482,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--train_text_encoder_frac", type=SHARE, metavar="SHARE",
         help="share of the steps after which text encoders or new tokens are frozen; default: 1, new tokens 0.5")
     add("--token_abstraction", default="TOK", metavar="WORD,...", help="words in prompts that new tokens replace")
-    add("--num_new_tokens_per_abstraction", type=number(int, 1, high=32), default=2, metavar="N",
-        help="new tokens a word")
     add("--initializer_concept", metavar="TEXT", help="words whose embeddings new tokens start from; default: random")
     add("--token_lr", type=POSITIVE, default=1e-3, metavar="RATE", help="learning rate of new tokens")
-    add("--clip_skip", type=number(int, 0, high=10), default=0, metavar="N",
-        help="last layers of the text encoders that are skipped, besides the one that SDXL skips")
 
     add = parser.add_argument_group("length").add_argument
     add("--train_batch_size", type=number(int, 1, high=4096), default=4, metavar="N",
@@ -514,14 +508,11 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--lr_power", type=POSITIVE, default=1.0, metavar="P", help="power of polynomial")
     add("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adamw", help="name in upper or lower case")
     add("--use_8bit_adam", **SWITCH, help="the same as --optimizer adamw8bit")
-    add("--loraplus_lr_ratio", type=POSITIVE, metavar="R",
-        help="LoRA+ (arXiv:2402.12354): learning rate of B over that of A; 16 is usual")
     add("--prodigy_beta3", type=NOT_NEGATIVE, metavar="B", help="default: the square root of --adam_beta2")
     for name, text in (("decouple", "decoupled weight decay, as in AdamW"), ("use_bias_correction", "as in Adam"),
                        ("safeguard_warmup", "do not let the warm-up lower the rate that is found")):
         add(f"--prodigy_{name}", action=OptionalValue, default=True, metavar="BOOL", help=text)
-    add("--use_ema", **SWITCH, help="exponential moving average of the LoRA, for validation and files")
-    add("--ema_half_life", type=POSITIVE, default=50.0, metavar="STEPS", help="after which a step has half its weight")
+    add("--use_ema", **SWITCH, help="exponential moving average of the LoRA (diffusers' EMAModel), in all files")
     add("--adam_beta1", type=NOT_NEGATIVE, default=0.9, metavar="B", help="of every optimizer like Adam")
     add("--adam_beta2", type=NOT_NEGATIVE, default=0.999, metavar="B", help="of every optimizer like Adam")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, metavar="E", help="of every optimizer like Adam")
@@ -538,12 +529,9 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--snr_gamma", type=POSITIVE, metavar="G", help="min-SNR weighting (arXiv:2303.09556); 5 is usual")
     add("--loss_weighting", choices=["debiased"], help="debiased estimation (arXiv:2310.08442), instead of min-SNR")
     add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber (arXiv:2403.16728) is robust to outliers")
-    add("--huber_c", type=SHARE, default=0.1, metavar="C", help="error at which the Huber loss turns linear")
     add("--noise_offset", type=NOT_NEGATIVE, default=0.0, metavar="S", help="also learn brightness; 0.05 is usual")
     add("--min_timestep", type=INDEX, default=0, metavar="T", help="lowest timestep; 0 has the least noise")
     add("--max_timestep", type=INDEX, metavar="T", help="highest timestep; default: the last, usually 999")
-    add("--timestep_bias", choices=["uniform", "logit-normal"], default="uniform",
-        help="logit-normal prefers timesteps in the middle (arXiv:2403.03206)")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: that of `accelerate config`")
@@ -552,9 +540,6 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     add("--base_precision", choices=["auto", "int8", "nf4"], default="auto",
         help="storage of the frozen UNet's linear layers; auto: the mixed precision")
     add("--allow_tf32", **SWITCH, help="faster float32 matrix products on Ampere cards and later")
-    add("--torch_compile", choices=["regional", "full"],
-        help="compile the repeated blocks or the whole UNet; default: that of `accelerate config`")
-    add("--cuda_graph", **SWITCH, help="replay a micro-batch as a CUDA graph; unproven on GPUs")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="PyTorch's attention needs as little memory")
     add("--ddp_timeout", type=POSITIVE, default=600, metavar="SECONDS",
         help="how long a process waits for another")
@@ -595,11 +580,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     return parser
 
 
-def config_as_words(parser: Parser, path: str, is_folder_given: bool = False) -> list[str]:
-    """Read a YAML file of flags as words of a command line. Raises UserError naming the file and the key.
-
-    is_folder_given: the command line has an --output_dir.
-    """
+def config_as_words(parser: Parser, path: str) -> list[str]:
+    """Read a YAML file of flags as words of a command line. Raises UserError naming the file and the key."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -607,15 +589,17 @@ def config_as_words(parser: Parser, path: str, is_folder_given: bool = False) ->
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold lines of 'flag: value'.")
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    values = {key: value for key, value in values.items()  # without dropped flags that changed nothing
-              if key in known or value not in DROPPED_FLAGS.get(key, ((),))[0]}
+    dropped = [key for key in values if key in " ".join(DROPPED_FLAGS.values()).split()]
+    if dropped:  # of a run of an earlier version
+        warn("--config %s: flags of an earlier version are ignored: %s.", path, ", ".join(dropped))
+        values = {key: value for key, value in values.items() if key not in dropped}
     unknown = [f"--{key}" for key in values if key not in known]
     if unknown:
         parser.refuse_unknown(unknown, f"--config {path}")
     words = []
-    for key, value in follow_moved_run(Path(path), values, is_folder_given).items():
+    for key, value in values.items():
         is_switch = isinstance(known[key], argparse.BooleanOptionalAction)
-        is_value = getattr(known[key], "value_type", None) and type(value) is int
+        is_value = getattr(known[key], "value_type", None) and not isinstance(value, bool)
         value = "no" if value is False and "no" in (known[key].choices or ()) else value  # YAML reads no as false
         if isinstance(known[key], argparse._AppendAction) and isinstance(value, list):
             words += [f"--{key}={entry}" for entry in value]
@@ -626,34 +610,6 @@ def config_as_words(parser: Parser, path: str, is_folder_given: bool = False) ->
         elif value is not None:
             words.append(f"--{key}={value}" if is_value or not is_switch else f"--{'' if value else 'no-'}{key}")
     return words
-
-
-def follow_moved_run(config: Path, values: dict[str, Any], is_folder_given: bool) -> dict[str, Any]:
-    """Return a run's settings with the folder in which its training_config.yaml, or a copy of it, lies now.
-
-    Paths within that folder follow. Raises UserError if the file was edited: then it is not known whether the folder
-    was moved or another one is wanted.
-    """
-    before, now, own = values.get("output_dir"), config.parent.resolve(), {}
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        own = yaml.safe_load((now / CONFIG_FILE).read_text(encoding="utf-8"))
-    is_run = isinstance(own, dict) and isinstance(before, str) and own.get("output_dir") == before and (
-        (now / HISTORY_FILE).exists() or list_checkpoints(now))
-    if not is_run or Path(expand_path("output_dir", before)).resolve() == now:
-        return values
-    if not is_own(now, CONFIG_FILE, read_manifest(now)):
-        if is_folder_given:
-            return values
-        raise UserError(f"--config {config} lies in {now}, but says output_dir: {before}; add --output_dir to the "
-                        "command, with the one that is meant.")
-
-    def moved(value: Any) -> Any:
-        is_inside = isinstance(value, str) and Path(before).parts and Path(value).is_relative_to(before)
-        inside = now / Path(value).relative_to(before) if is_inside else None
-        return str(inside) if inside and inside.exists() else value
-
-    return {**{key: moved(value) if key in PATH_FLAGS else value for key, value in values.items()},
-            "output_dir": str(now)}
 
 
 def expand_path(flag: str, text: str) -> str:
@@ -678,18 +634,20 @@ def parse_args(argv: Sequence[str] | None = None, with_weights: bool = True) -> 
     early.add_argument("--config")
     early.add_argument("--output_dir")
     parser, (known, _) = make_parser(), early.parse_known_args(argv)
-    config = expand_path("config", known.config) if known.config else ""
-    words = config_as_words(parser, config, bool(known.output_dir)) if config else []
+    config = Path(expand_path("config", known.config)) if known.config else None
+    words = config_as_words(parser, str(config)) if config else []
     if any(word.split("=")[0] == "--validation_prompt" for word in argv):  # replaces the file's, adds nothing
         words = [word for word in words if not word.startswith("--validation_prompt=")]
     args, unknown = parser.parse_known_args(words + argv)
     if unknown:
         parser.refuse_unknown(unknown, "the command line")
     for flag in PATH_FLAGS:
-        if getattr(args, flag) == "":
-            raise UserError(f"--{flag} is empty: is a variable of the shell not set?")
-        if getattr(args, flag):
+        refuse(getattr(args, flag) == "", f"--{flag} is empty: is a variable of the shell not set?")
+        if isinstance(getattr(args, flag), str):
             setattr(args, flag, expand_path(flag, getattr(args, flag)))
+    if config and config.name == CONFIG_FILE and not known.output_dir and list_checkpoints(config.parent):
+        refuse(config.parent.resolve() != Path(args.output_dir).resolve(), f"--config {config} is of a run, but says "
+               f"--output_dir {args.output_dir}: was its folder moved? Add --output_dir with the one that is meant.")
     if str(args.resume_from_checkpoint).lower() in ("latest", "last"):
         args.resume_from_checkpoint = "latest"
     if args.use_8bit_adam and args.optimizer == "adamw":  # a synonym has one name from here on
@@ -724,8 +682,9 @@ class FrozenText:
 
     def check_share(self) -> None:
         """Raise UserError if a part of the training is to stop and the optimizer cannot do that."""
-        refuse(self.share < 1 and self.args.optimizer == "schedule_free", f"--train_text_encoder_frac {self.share:g} "
-               "stops a part of the training, which --optimizer schedule_free cannot do; use "
+        name = self.args.optimizer
+        refuse(self.share < 1 and OPTIMIZERS[name].averages, f"--train_text_encoder_frac {self.share:g} stops a part "
+               f"of the training, which --optimizer {name} cannot do; use "
                "--train_text_encoder_frac 1, or another optimizer.")
 
     def new_tokens(self) -> list[str]:
@@ -787,9 +746,8 @@ class PivotalTuning(FrozenText):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
-        self.share, count = args.train_text_encoder_frac or 0.5, args.num_new_tokens_per_abstraction
-        words = [word.strip() for word in args.token_abstraction.split(",")]
-        self.tokens = {word: [f"<s{i * count + k}>" for k in range(count)] for i, word in enumerate(words)}
+        self.share, words = args.train_text_encoder_frac or 0.5, args.token_abstraction.split(",")
+        self.tokens = {word.strip(): [f"<s{2 * i}>", f"<s{2 * i + 1}>"] for i, word in enumerate(words)}
 
     def check(self) -> None:
         """Raise UserError for flags that contradict the mode."""
@@ -797,8 +755,6 @@ class PivotalTuning(FrozenText):
         refuse(args.train_text_encoder, "--train_text_encoder and --train_text_encoder_ti exclude each other: LoRA on "
                "the encoders, or new tokens.")
         self.check_share()
-        refuse(args.optimizer == "prodigy" and args.token_lr not in (1e-3, args.learning_rate), "--optimizer prodigy "
-               "finds one rate for all, and --token_lr sets another; leave one out.")
         refuse(args.init_lora, "--init_lora reads no new tokens, so --train_text_encoder_ti would begin them anew; "
                "leave one out.")
         refuse("" in self.tokens, "--token_abstraction has an empty word.")
@@ -948,7 +904,7 @@ def choose_prior(args: argparse.Namespace) -> NoPrior:
 class Lora:
     """LoRA (arXiv:2106.09685), which peft adds and which runs through fused kernels while it trains."""
 
-    name = ""
+    name, tags = "", ()  # in the plan; of the card
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -967,7 +923,7 @@ class Lora:
 class Dora(Lora):
     """DoRA (arXiv:2402.09353): LoRA with a trained magnitude for each row of a weight, on the UNet alone."""
 
-    name = "DoRA, "
+    name, tags = "DoRA, ", ("dora",)
 
     def check(self) -> None:
         """Raise UserError for flags that contradict the mode."""
@@ -1041,13 +997,12 @@ def run_training(run: Run, objective: Objective, repo: str, subject: Sequence[Sa
     of_bucket = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in dict.fromkeys(buckets)]
     sampler = BatchSampler(of_bucket, range(len(subject), len(samples)), args.train_batch_size, run.seed)
     model = load_trainable(run)
-    check_space(run.output, checkpoint_bytes(args, model, schedule), "checkpoints and LoRA")
     batch_at = functools.partial(latents.batch, prompts, sampler, stride=run.accelerator.num_processes)
     step, loss, stopped_by = train(run, model, batch_at, objective, make_validator(run, model, prompts), prompts,
                                    schedule, latents.pictures)
     run.stop.message = AFTER_TRAINING
     if run.accelerator.is_main_process:
-        gallery = write_card(run, repo, step, subject, facts)
+        gallery = write_card(run, repo, step, subject, facts) if not stopped_by else []
         address = push(args, repo, gallery) if args.push_to_hub and not stopped_by else ""
         print_summary(run, step, loss, (time.perf_counter() - started) / 60, address)
     return step, stopped_by
@@ -1075,8 +1030,8 @@ class Objective(NamedTuple):
 
     table: ObjectiveCoefficients
     huber_delta: Tensor  # (timesteps,)
-    sample_timesteps: Callable[[int, torch.device], Tensor]
-    sample_noise: Callable[[Tensor], Tensor]
+    timesteps: range  # those that are sampled, all alike
+    noise_offset: float
     distance: Callable[[Tensor, Tensor], Tensor]
     prior: NoPrior
 
@@ -1097,10 +1052,8 @@ def make_objective(args: argparse.Namespace, scheduler: Any, device: torch.devic
     refuse(low > high, f"--min_timestep {low} is beyond the model's last timestep, {last}.")
     rounded = (column.float() if column.is_floating_point() else column for column in exact)
     return Objective(ObjectiveCoefficients(*(column.to(device) for column in rounded)),
-                     huber_deltas(exact.snr, args.huber_c).float().to(device),
-                     make_timestep_sampler(len(exact.a), low, high, args.timestep_bias),
-                     functools.partial(sample_noise, offset=args.noise_offset), DISTANCES[args.loss_type],
-                     choose_prior(args))
+                     huber_deltas(exact.snr).float().to(device), range(low, high + 1), args.noise_offset,
+                     DISTANCES[args.loss_type], choose_prior(args))
 
 
 def make_coefficients(scheduler: Any, snr_gamma: float | None = None, weighting: str | None = None,
@@ -1156,7 +1109,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "huber": lambda error, delta: 2 * delta * ((error.square() + delta.square()).sqrt() - delta)}
 
 
-def huber_deltas(snr: Tensor, huber_c: float) -> Tensor:
+def huber_deltas(snr: Tensor, huber_c: float = 0.1) -> Tensor:
     """Return the error at which the Huber loss turns linear, by timestep: the smaller the more noise there is.
 
     The schedule by signal-to-noise ratio of arXiv:2403.16728.
@@ -1164,35 +1117,13 @@ def huber_deltas(snr: Tensor, huber_c: float) -> Tensor:
     return (1 - huber_c) / (1 + snr.rsqrt()) ** 2 + huber_c  # 1 / sqrt(snr) is sigma; at snr 0 huber_c is left
 
 
-def logit_normal_cdf(count: int, low: int, high: int) -> Tensor:
-    """Return the probability of a timestep of at most t (count,), where only those from low to high occur. float64.
-
-    The logit of a timestep's place is normal, with mean 0 and variance 1 (arXiv:2403.03206).
-    """
-    below = torch.special.ndtr((torch.arange(count + 1, dtype=torch.float64) / count).logit())
-    return ((below[1:] - below[low]) / (below[high + 1] - below[low])).clamp(0, 1)
-
-
-def make_timestep_sampler(count: int, low: int, high: int, bias: str) -> Callable[[int, torch.device], Tensor]:
-    """Return a function that samples so many timesteps on a device, without waiting for it."""
-    if bias == "uniform":
-        return lambda rows, device: torch.randint(low, high + 1, (rows,), device=device)
-    cdf = functools.cache(logit_normal_cdf(count, low, high).float().to)
-    return lambda rows, device: torch.searchsorted(cdf(device), torch.rand(rows, device=device), right=True)
-
-
-def sample_noise(latents: Tensor, offset: float = 0.0) -> Tensor:
-    """Sample noise, with an offset by channel so that brightness is learnt, too."""
-    noise = torch.randn_like(latents)
-    return noise + offset * torch.randn_like(latents[:, :, :1, :1]) if offset else noise
-
-
 def diffusion_loss(model: Any, objective: Objective, batch: Batch) -> Loss:
     """Return the loss of a micro-batch: the sum of weighted rows over the number of instance rows."""
     latents = batch.mean + batch.std * torch.randn_like(batch.mean)
-    noise = objective.sample_noise(latents)
-    timesteps = objective.sample_timesteps(len(latents), latents.device)
-    table = objective.table
+    noise, table, device = torch.randn_like(latents), objective.table, latents.device
+    if objective.noise_offset:  # so that brightness is learnt, too
+        noise += objective.noise_offset * torch.randn_like(latents[:, :, :1, :1])
+    timesteps = torch.randint(objective.timesteps.start, objective.timesteps.stop, (len(latents),), device=device)
     a, b, c, d, delta = (column[timesteps].view(-1, 1, 1, 1) for column in (*table[:4], objective.huber_delta))
 
     def per_sample_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -1281,7 +1212,6 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     if step == 0:
         validate(0)
     model.train()
-    gradient_step, watch = make_gradient_step(run, model, objective), GradientWatch(model.adapters)
     progress = Progress(run, lr_scheduler, schedule, step)
     validate = progress.paused()(validate)
     run.stop.message, stop = None, 0
@@ -1294,14 +1224,15 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
             for n in micro_batches(step, args.gradient_accumulation_steps, accelerator):
                 batch = batch_at(n)
                 seed_device(position_seed(run.seed, "noise", n), run.device)  # noise, timesteps, latents and dropout
-                progress.add(batch, gradient_step(batch))
+                loss = diffusion_loss(model, objective, batch)
+                accelerator.backward(loss.total / args.gradient_accumulation_steps)
+                progress.add(batch, loss)
             share_gradients(accelerator, adapters)
-            watch.check()
             progress.end_step(accelerator.clip_grad_norm_(adapters, args.max_grad_norm))
             optimizer.step()
-            ema.update()
+            ema.update(step)
             lr_scheduler.step()
-            optimizer.zero_grad(set_to_none=not isinstance(gradient_step, GraphedStep))
+            optimizer.zero_grad()
             step, stop = step + 1, run.stop.sync_stop_flags()
             saving = due(step, args.checkpointing_steps, last) or stop
             if saving or due(step, LOG_STEPS, last):
@@ -1316,114 +1247,6 @@ def train(run: Run, model: TrainableSDXL, batch_at: Callable[[int], Batch], obje
     return step, progress.loss, stop if step < last else 0
 
 
-GradientStep = Callable[["Batch"], Loss]
-"""Adds the gradients of a micro-batch to those of the adapters, and returns its loss, detached."""
-
-
-def eager_step(run: Run, model: TrainableSDXL, objective: Objective, batch: Batch) -> Loss:
-    """Compute a GradientStep as PyTorch does by default."""
-    loss = diffusion_loss(model, objective, batch)
-    run.accelerator.backward(loss.total / run.args.gradient_accumulation_steps)
-    return loss._replace(total=loss.total.detach())
-
-
-def make_gradient_step(run: Run, model: TrainableSDXL, objective: Objective) -> GradientStep:
-    """Return the step of a micro-batch: eager, or as a CUDA graph if --cuda_graph is set and nothing prevents it."""
-    step = functools.partial(eager_step, run, model, objective)
-    obstacle = graph_obstacle(run) if run.args.cuda_graph else ""
-    if obstacle:
-        warn("--cuda_graph does nothing here: %s.", obstacle)
-    if obstacle or not run.args.cuda_graph:
-        return step
-    return GraphedStep(step, model, capture_cuda_graph, torch.cuda.graph_pool_handle())
-
-
-def graph_obstacle(run: Run) -> str:
-    """Return why a step cannot be recorded as a CUDA graph, or ""."""
-    args = run.args
-    obstacles = {
-        f"{run.device} has no CUDA graphs": run.device.type != "cuda",
-        "it cannot be combined with torch.compile": args.torch_compile
-        or run.accelerator.state.dynamo_plugin.backend.value != "NO",
-        "it cannot be combined with --use_dora": args.use_dora,
-        "gradient checkpointing with --lora_dropout reads the random state": checkpointed(args) and args.lora_dropout,
-        "the text encoders are trained for a part of the steps only": run.text.share < 1}
-    return next((sentence for sentence, applies in obstacles.items() if applies), "")
-
-
-def capture_cuda_graph(step: Callable[[], Loss], pool: Any) -> Callable[[], Loss]:
-    """Record what a step launches. Returns its replay, whose result the next replay of any graph overwrites.
-
-    As in PyTorch's notes on CUDA, "whole-network capture": three steps on a side stream come first, in which libraries
-    choose their kernels and make their workspaces.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # another thread may pin memory
-        loss = step()
-
-    def replay() -> Loss:
-        graph.replay()
-        return loss
-
-    return replay
-
-
-class GraphedStep:
-    """A GradientStep that is recorded once for each shape of batch and then replayed: one launch instead of thousands.
-
-    The numbers are those of the recorded step: PyTorch registers a device's generator with its graphs, so the seed
-    that is set before a replay counts. What a graph reads and writes must stay where it is: batches are copied into
-    tensors of its own, gradients are zeroed in place, and after frozen weights were moved it is recorded anew.
-    """
-
-    def __init__(self, step: GradientStep, model: TrainableSDXL, capture: Callable[..., Callable[[], Loss]],
-                 pool: Any = None) -> None:
-        self.step, self.model, self.capture, self.pool = step, model, capture, pool
-        self.graphs: dict[Any, tuple[list[Tensor], Callable[[], Loss]]] = {}
-        self.moves = model.moves
-
-    def __call__(self, batch: Batch) -> Loss:
-        """Add the gradients of a micro-batch."""
-        if self.moves != self.model.moves:
-            self.graphs.clear()
-            self.moves = self.model.moves
-        leaves, structure = tree_flatten(batch._replace(names=()))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = structure, tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in self.graphs:
-            static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            replay = self.record(tree_unflatten(static, structure))
-            self.graphs[key] = [leaf for leaf in static if isinstance(leaf, Tensor)], replay
-        inputs, replay = self.graphs[key]
-        torch._foreach_copy_(inputs, tensors)
-        return Loss(*(part.clone() for part in replay()))
-
-    def record(self, batch: Batch) -> Callable[[], Loss]:
-        """Record the step on a batch; gradients and random state are afterwards what they were."""
-        trained = [adapter for adapter in self.model.adapters.values() if adapter.requires_grad]
-        for adapter in trained:
-            adapter.grad = torch.zeros_like(adapter) if adapter.grad is None else adapter.grad
-        gradients = [adapter.grad for adapter in trained]
-        before = [gradient.clone() for gradient in gradients]
-        device = self.model.unet.device
-        backend = torch if device.type == "cpu" else torch.get_device_module(device)
-        random_state = backend.get_rng_state()
-        try:
-            return self.capture(functools.partial(self.step, batch), pool=self.pool)
-        except RuntimeError as error:
-            warn("--cuda_graph: this step cannot be captured (%s); training continues in eager mode.",
-                 first_line(error))
-            self.capture = lambda step, pool: step
-            return functools.partial(self.step, batch)
-        finally:
-            torch._foreach_copy_(gradients, before)
-            backend.set_rng_state(random_state)
 
 
 def progress_bar(total: int, label: str, initial: int = 0, delay: float = 0) -> tqdm:
@@ -1537,26 +1360,6 @@ def read_history(output: Path, before: float = math.inf) -> list[dict[str, float
     return [entry for entry in entries if entry["step"] <= before]
 
 
-class GradientWatch:
-    """Warns of adapters that got no gradient at all in a run's first steps."""
-
-    def __init__(self, adapters: dict[str, nn.Parameter], steps: int = 20) -> None:
-        self.adapters, self.left, self.largest = adapters, steps, torch.zeros(())
-
-    def check(self) -> None:
-        """Look at a step's gradients; warn at the last of the first steps."""
-        if not self.left:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.adapters.values()]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        self.largest, self.left = torch.maximum(self.largest.to(norms.device), norms), self.left - 1
-        idle = [] if self.left else [name for name, norm in zip(self.adapters, self.largest.tolist(), strict=True)
-                                     if norm == 0 and self.adapters[name].requires_grad]
-        if idle:
-            warn("%d of %d adapters got no gradient, %s first: they learn nothing.", len(idle), len(self.adapters),
-                 idle[0])
-
-
 class PhaseMemory:
     """The peak of each phase in a GPU's memory, in GB; what a phase reserved is freed before the next."""
 
@@ -1617,19 +1420,7 @@ Bucket = tuple[int, int]
 
 def match_name(path: Path) -> str:
     """Return a file's path without suffix in composed Unicode: the name by which captions and masks find pictures."""
-    return unicodedata.normalize("NFC", str(path.with_suffix("")))
-
-
-class ByName(dict[str, Any]):
-    """A dictionary by match_name that also finds names that differ in capitals alone."""
-
-    def __init__(self, entries: Iterable[tuple[str, Any]]) -> None:
-        super().__init__(entries)
-        self.small = {name.casefold(): value for name, value in self.items()}
-
-    def find(self, name: str) -> Any:
-        """Return the value, or None."""
-        return self.get(name) or self.small.get(name.casefold())
+    return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
 def files_in(folder: Path, recursive: bool) -> list[Path]:
@@ -1638,151 +1429,101 @@ def files_in(folder: Path, recursive: bool) -> list[Path]:
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def list_picture_files(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
-    """Return all files of a folder with a picture's suffix, masks included. Raises UserError."""
+def list_pictures(flag: str, folder: str | Path, recursive: bool = False, masks: bool = False) -> list[Path]:
+    """Return the pictures of a folder by name, with or without the masks that lie beside them. Raises UserError."""
     refuse(not Path(folder).is_dir(), f"{flag} {folder}: no such folder.")
-    return [path for path in files_in(Path(folder), recursive) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = [path for path in files_in(Path(folder), recursive) if path.suffix.lower() in PICTURE_SUFFIXES]
+    return files if masks else split_masks(files)[0]
 
 
-def list_pictures(flag: str, folder: str | Path, recursive: bool = False) -> list[Path]:
-    """Return the pictures of a folder by name, without masks that lie beside them. Raises UserError."""
-    return split_masks(list_picture_files(flag, folder, recursive))[0]
+MASK_NAMES = (r"(.+)[-_. ](?:masks?|masklabel|condlabel)", r"(.+)\.\w+[-_. ]masks?", r"(|.*/)masks?[-_. ]([^/]+)",
+              r"(|.*/)masks?/([^/]+)")  # of dog.png: dog_mask.png, dog.png.mask.png, mask_dog.png, masks/dog.png
 
 
-def mask_owners(path: Path) -> list[str]:
-    """Return the match_names of pictures whose mask this may be, by other trainers' names and folders of masks."""
-    folder, stem = path.parent, path.stem
-    inner = [folder.parent] if folder.name.lower() in ("mask", "masks") else []
-    endings = (r"(.+)[-_. ](?:masks?|masklabel|condlabel)", r"mask[-_. ](.+)")
-    owners = [found[1] for pattern in endings if (found := re.fullmatch(pattern, stem, re.IGNORECASE | re.DOTALL))]
-    bare = [Path(owner).stem for owner in owners if Path(owner).suffix.lower() in PICTURE_SUFFIXES]  # dog.png.mask.png
-    names = [(place, owner) for place in (folder, *inner) for owner in (*owners, *bare)]
-    return [match_name(place / f"{owner}.png") for place, owner in (*names, *((place, stem) for place in inner))]
+def split_masks(files: Sequence[Path]) -> tuple[list[Path], dict[str, Path]]:
+    """Divide files into pictures and, by the match_name of their picture, masks under other trainers' names."""
+    names, masks, pictures = {match_name(path) for path in files}, {}, []
+    for path in files:
+        found = (re.fullmatch(pattern, match_name(path), re.IGNORECASE | re.DOTALL) for pattern in MASK_NAMES)
+        owner = next((own for match in found if match and (own := "".join(match.groups())) in names), None)
+        pictures += [path] * (owner is None)
+        masks |= {owner: path} if owner and not path.stem.lower().endswith("condlabel") else {}
+    return pictures, masks
 
 
-def split_masks(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
-    """Divide files into pictures, and masks that belong to one of them, with that one's match_name."""
-    names = ByName((match_name(path), match_name(path)) for path in files)
-    owners = {path: next(filter(None, map(names.find, mask_owners(path))), None) for path in files}
-    masks = {path: name for path, name in owners.items() if name}
-    return [path for path in files if path not in masks], masks
-
-
-SRGB_CHROMATICITIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
-PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # Pillow's, by the profile's colour space
-
-
-def unsupported_format(path: str | Path, image: Image.Image, is_mask: bool) -> str:
-    """Say what load_picture cannot convert in a picture that is open, but not read; "" if nothing."""
-    tags = getattr(image, "tag_v2", {})
-    if image.mode == "F" or set(tags.get(339, ())) - {1, 4}:  # SampleFormat: unsigned, or undefined
-        return "its pixels are signed or floating-point numbers"
-    if image.mode == "I" and max(tags.get(258, (16,))) > 16:
-        return "it has 32 bits a pixel"
-    if image.mode.startswith("I") and "transparency" in image.info:
-        return "one of its 16-bit greys is transparent"
-    if is_mask or image.info.get("icc_profile"):
-        return ""
-    colours = coded_colours(path)
-    if not set(colours[:1]) <= {1, 2} or not set(colours[1:]) <= {1, 2, 6, 13, 14, 15}:
-        return f"its primaries and transfer function are {colours[0]} and {colours[1]} of ITU-T H.273"
-    if "srgb" not in image.info and not colours:
-        if abs(image.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05:
-            return f"its gamma is {image.info['gamma']:g}"
-        white, primaries = tags.get(318, SRGB_CHROMATICITIES[:2]), tags.get(319, SRGB_CHROMATICITIES[2:])
-        is_whole = [len(part) for part in (white, primaries) if isinstance(part, tuple)] == [2, 6]
-        points = image.info.get("chromaticity", (*white, *primaries) if is_whole else SRGB_CHROMATICITIES)
-        if max(abs(float(one) - other) for one, other in zip(points, SRGB_CHROMATICITIES, strict=True)) > 0.01:
-            return "its primaries are others than sRGB's"
-        if 301 in tags or has_bmp_colours(path):
-            return "it has a transfer function or primaries of its own"
-    return "its EXIF says Adobe RGB, and no profile is embedded" if is_adobe_rgb(image.getexif()) else ""
-
-
-def is_adobe_rgb(exif: Image.Exif) -> bool:
-    """Return True if EXIF names Adobe RGB, as of cameras that embed no profile: ColorSpace 2, or DCF's file R03."""
-    with suppress(Exception):  # a broken directory names nothing
-        tags = exif.get_ifd(0x8769)
-        return tags.get(0xA001) == 2 or (0xA005 in tags and exif.get_ifd(0xA005).get(1, "").startswith("R03"))
-    return False
-
-
-def coded_colours(path: str | Path) -> tuple[int, ...]:
-    """Return the primaries and transfer function (ITU-T H.273) that a PNG or AVIF names; empty if it names none."""
-    data = Path(path).read_bytes()
-    if data.startswith(b"\x89PNG"):
-        found = re.search(rb"cICP(.)(.)", data.partition(b"IDAT")[0], re.DOTALL)
-    else:
-        found = re.search(rb"colrnclx(..)(..)", data, re.DOTALL) if data[4:8] == b"ftyp" else None
-    return tuple(int.from_bytes(part, "big") for part in found.groups()) if found else ()
-
-
-def has_bmp_colours(path: str | Path) -> bool:
-    """Return True if a BMP's header names a profile, or calibrated primaries with a gamma."""
-    with open(path, "rb") as file:
-        head = file.read(138)
-    if head[:2] != b"BM" or int.from_bytes(head[14:18], "little") < 108:
-        return False
-    return head[70:74] in (b"DEBM", b"KNIL") or (head[70:74] == bytes(4) and any(head[110:122]))
-
-
-def embedded_profile(picture: Image.Image) -> tuple[Any, str] | None:
-    """Return a picture's colour profile and the mode that it is for; None without one that can be read and fits."""
-    family = {"CMYK": "CMYK", "LAB": "LAB"}.get(picture.mode, "L" if picture.mode[:1] in "1LI" else "RGB")
-    data = picture.info.get("icc_profile")
-    if not data and family != "LAB":
-        return None
-    with suppress(OSError, ImageCms.PyCMSError):
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(data) if data else ImageCms.createProfile("LAB"))
-        mode = PROFILE_MODES.get(profile.profile.xcolor_space)
-        if mode == family or (mode, family) == ("RGB", "L"):
-            return profile, mode
-    return None
-
-
-def has_unused_profile(path: Path) -> bool:
-    """Return True if a picture has a colour profile that cannot be applied."""
+def read_image(path: str | Path) -> Image.Image:
+    """Read a file's first picture, turned as its EXIF says, with 8 bits a channel. Raises ValueError for other numbers
+    than whole ones of up to 16 bits.
+    """
     with Image.open(path) as image:
-        return bool(image.info.get("icc_profile")) and embedded_profile(image) is None
+        tags = getattr(image, "tag_v2", {})  # of TIFF: 258 are the bits, 339 the format, 262 whether 0 is white
+        bits, is_inverted = max(tags.get(258, (16,))), tags.get(262) == 0
+        if image.mode == "F" or set(tags.get(339, ())) - {1, 4} or (image.mode == "I" and bits > 16):
+            raise ValueError("its pixels are no whole numbers of 8 or 16 bits; convert it to 8-bit sRGB")
+        image.load()
+        picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I"):  # greyscale of 12 or 16 bits
+        picture = picture.convert("I").point(lambda value: value * (256 / 2**bits)).convert("L")
+        picture = ImageOps.invert(picture) if is_inverted else picture  # Pillow does so for 8 bits
+    return picture.convert(f"{picture.mode[:-1]}A") if picture.mode in ("RGBa", "La") else picture
+
+
+def unsupported_colours(path: str | Path, image: Image.Image) -> str:
+    """Name the colour space of a picture that is open, if no embedded profile tells how to convert it; else ""."""
+    if image.info.get("icc_profile"):
+        return ""
+    with open(path, "rb") as file:
+        found = re.search(rb"cICP(.)(.)|colrnclx\0(.)\0(.)", file.read(4096), re.DOTALL)  # of PNG; of AVIF
+    primaries, transfer = (ord(part) for part in found.groups() if part) if found else (1, 13)
+    if primaries not in (1, 2) or transfer not in (1, 2, 6, 13, 14, 15):
+        return f"the primaries {primaries} and transfer function {transfer} of ITU-T H.273"
+    if "srgb" not in image.info and not found and abs(image.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05:
+        return f"a gamma of {image.info['gamma']:g}"
+    with suppress(Exception):  # a broken directory names nothing
+        exif = image.getexif()
+        tags = exif.get_ifd(0x8769)  # of cameras: ColorSpace 2, or the file R03 of DCF
+        is_adobe = tags.get(0xA001) == 2 or 0xA005 in tags and exif.get_ifd(0xA005).get(1, "").startswith("R03")
+        return "Adobe RGB" if is_adobe else ""
+    return ""
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture without transparency to RGB by its colour profile, or as sRGB without one."""
-    found = embedded_profile(picture)
-    if found is None:
+    """Convert a picture without transparency to RGB by its colour profile. Raises ValueError if that cannot be."""
+    data = picture.info.get("icc_profile")
+    if not data and picture.mode != "LAB":
         return picture.convert("RGB")
     try:
-        return ImageCms.profileToProfile(picture.convert(found[1]), found[0], ImageCms.createProfile("sRGB"),
-                                         outputMode="RGB")
-    except ImageCms.PyCMSError as error:  # one that is for printers alone, say
-        raise ValueError(f"its colour profile cannot be used: {error}") from error
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data) if data else ImageCms.createProfile("LAB"))
+        modes = {"GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
+        mode = modes.get(profile.profile.xcolor_space, "RGB")
+        plain = picture.convert("RGB") if mode == "RGB" and picture.mode in ("1", "L", "P") else picture
+        return ImageCms.profileToProfile(plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"its colour profile cannot be used ({error}); convert it to sRGB") from error
 
 
-def load_picture(path: str | Path, is_mask: bool = False) -> Image.Image:
+def alpha_of(picture: Image.Image) -> Image.Image | None:
+    """Return the alpha channel of a picture; None if it is opaque all over."""
+    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
+        return None
+    alpha = picture.convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema()[0] < 255 else None
+
+
+def load_picture(path: str | Path) -> Image.Image:
     """Read a picture as sRGB: turned as its EXIF says, converted by its colour profile, 16 bits as 8, on white if
-    transparent, the first frame if it moves. Raises ValueError for numbers that mean something else.
-
-    The numbers of a mask are no colours: they are read as they are.
+    transparent, the first frame if it moves. Raises ValueError for other numbers and colours.
     """
     with Image.open(path) as image:
-        unsupported = unsupported_format(path, image, is_mask)
-        if unsupported:
-            raise ValueError(f"{unsupported}; convert it to 8-bit sRGB")
-        tags = getattr(image, "tag_v2", {})
-        levels, is_inverted = 2 ** max(tags.get(258, (16,))), tags.get(262) == 0
-        image.load()
-        picture = ImageOps.exif_transpose(image)
-    if picture.mode.startswith("I"):  # greyscale of 12 or 16 bits a pixel
-        picture = picture.convert("I").point(lambda value: value * (256 / levels)).convert("L")
-        picture = ImageOps.invert(picture) if is_inverted else picture  # Pillow does so for 8 bits
-    if picture.mode in ("RGBa", "La"):
-        picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
-    if is_mask:
-        return picture.convert("RGB")
-    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-        return to_srgb(picture)
-    alpha = picture.convert("RGBA").getchannel("A")
-    opaque = to_srgb(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+        colours = unsupported_colours(path, image)
+    if colours:
+        raise ValueError(f"it is in {colours}, without a profile; convert it to sRGB")
+    picture = read_image(path)
+    alpha = alpha_of(picture)
+    has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+    opaque = to_srgb(picture.convert("L" if picture.mode in ("L", "LA") else "RGB") if has_alpha else picture)
+    if alpha is None:
+        return opaque
     opaque.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), opaque).convert("RGB")
 
@@ -1797,22 +1538,27 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1)
-def masks_by_name(folder: str, recursive: bool, beside: bool) -> ByName:
-    """Return masks by the match_name of their pictures: those beside pictures, or all of a folder of masks.
-
-    Raises UserError if there is no such folder.
+def masks_by_name(folder: str, recursive: bool, beside: bool) -> dict[str, Path]:
+    """Return masks by the match_name of their pictures in the folder: those beside pictures, or all of a folder of
+    masks. Raises UserError if there is no such folder.
     """
-    files = {path.relative_to(folder): path for path in list_picture_files("--mask_dir", folder, recursive)}
-    owners = [(path, owner) for path in files for owner in (*mask_owners(path), match_name(path))]
-    found = split_masks(list(files))[1].items() if beside else owners
-    return ByName((name, files[path]) for path, name in found if not path.stem.lower().endswith("condlabel"))
+    files = [path.relative_to(folder) for path in list_pictures("--masked_loss", folder, recursive, masks=True)]
+    bare = {re.sub("[-_. ]mask(s|label)?$", "", match_name(path), flags=re.IGNORECASE): path for path in files}
+    return {name: Path(folder, path) for name, path in (split_masks(files)[1] if beside else bare).items()}
 
 
 def find_mask(args: argparse.Namespace, path: Path) -> Path | None:
     """Return the file of a picture's mask, if it has one."""
-    folder = pictures_folder(args)
-    masks = masks_by_name(str(args.mask_dir or folder), args.recursive, beside=args.mask_dir is None)
-    return masks.find(match_name(path.relative_to(folder)))
+    folder, beside = pictures_folder(args), args.masked_loss is True
+    masks = masks_by_name(str(folder if beside else args.masked_loss), args.recursive, beside)
+    return masks.get(match_name(path.relative_to(folder)))
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a mask in grey: its alpha if it has one, else its brightness."""
+    picture = read_image(path)
+    mask = alpha_of(picture) or picture.convert("RGB").convert("L")
+    return mask.point(lambda value: 255 * value) if mask.getextrema()[1] == 1 else mask  # 0 and 1, of programs
 
 
 def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
@@ -1822,39 +1568,12 @@ def load_mask(args: argparse.Namespace, path: Path) -> Image.Image | None:
     """
     found = find_mask(args, path)
     if found is None:
-        return None if args.mask_dir else own_alpha(path)
+        return alpha_of(read_image(path)) if args.masked_loss is True else None
     mask, size = read_mask(found), picture_size(path)
     refuse(abs(mask.width * size[1] - mask.height * size[0]) > max(size) + max(mask.size),
-           f"{'--mask_dir' if args.mask_dir else '--masked_loss'}: {found.name} is {mask.width}x{mask.height}, which "
-           f"is another shape than its picture's {size[0]}x{size[1]}.")
+           f"--masked_loss: {found.name} is {mask.width}x{mask.height}, which is another shape than its picture's "
+           f"{size[0]}x{size[1]}.")
     return mask.resize(size, Image.Resampling.BILINEAR)
-
-
-def read_mask(path: Path) -> Image.Image:
-    """Read a mask in grey: its alpha if it has one, else its brightness; a palette of colours, as PASCAL VOC has it,
-    numbers objects, and 0 is the background.
-    """
-    mask = own_alpha(path)
-    if mask is not None:
-        return mask
-    colours = load_picture(path, is_mask=True)
-    mask = colours.convert("L")
-    with Image.open(path) as image:
-        if image.mode == "P" and colours.convert("HSV").getchannel("S").getextrema()[1]:
-            numbers = ImageOps.exif_transpose(image)
-            mask = Image.frombytes("L", numbers.size, numbers.tobytes()).point(lambda value: 255 * bool(value))
-    highest = mask.getextrema()[1]
-    return mask.point(lambda value: 255 * value) if highest == 1 else mask  # 0 and 1, as programs write it
-
-
-def own_alpha(path: Path) -> Image.Image | None:
-    """Return the alpha channel of a picture; None if it is opaque all over."""
-    with Image.open(path) as image:
-        picture = ImageOps.exif_transpose(image)
-    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-        return None
-    alpha = picture.convert("RGBA").getchannel("A")
-    return alpha if alpha.getextrema()[0] < 255 else None
 
 
 class KnownPictures:
@@ -1955,92 +1674,58 @@ def fetch_dataset(args: argparse.Namespace) -> None:
     try:
         with atomic_write(folder, shared=True) as unfinished:
             unfinished.mkdir()
-            for index, (data, kind, caption) in enumerate(dataset_rows(args)):
-                name = f"{index:06d}.{kind}"
+            for index, (data, caption) in enumerate(dataset_rows(args)):
+                suffix = Image.open(io.BytesIO(data)).format.lower().replace("mpo", "jpg")
+                name = f"{index:06d}.{suffix}"
                 (unfinished / name).write_bytes(data)
                 captions.append(json.dumps({"file_name": name, "text": caption}))
             (unfinished / "metadata.jsonl").write_text("\n".join(captions), encoding="utf-8")
-    except (TrainingError, UserError):  # the disk is full
+    except TrainingError:  # the disk is full
         raise
     except Exception as error:  # its readers raise whatever they like
         raise UserError(f"--dataset_name {args.dataset_name} cannot be read ({first_line(error)}).") from error
 
 
-def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str, str]]:
-    """Yield the pictures of a data set as their files' bytes, with suffix and caption.
+def dataset_rows(args: argparse.Namespace) -> Iterator[tuple[bytes, str]]:
+    """Yield the pictures of a data set as their files' bytes, with their captions, the first if there are several.
 
-    Rows without a picture are left out with a warning. Raises ValueError naming the row, UserError for the split.
+    Rows without a picture are left out with a warning. Raises ValueError for a column or a cell.
     """
     import datasets  # seconds that only this flag costs
-
-    source, empty = (args.dataset_name, args.dataset_config_name), []
-    image, caption = args.image_column, args.caption_column
-    try:
-        rows = datasets.load_dataset(*source, split=args.dataset_split, streaming=True, cache_dir=args.cache_dir)
-    except Exception as error:
-        splits = []
-        with suppress(Exception):  # more is wrong than the split
-            splits = datasets.get_dataset_split_names(*source)
-        if splits and args.dataset_split not in splits:
-            raise UserError(f"--dataset_name {args.dataset_name} has no split {args.dataset_split}; name one with "
-                            f"--dataset_split: {', '.join(splits)}.") from error
-        raise
-    columns = rows.column_names or list(next(iter(rows), {}))  # of CSV or JSON, which names files
-    missing = [column for column in (image, caption) if column and column not in columns]
-    if missing:
-        raise ValueError(f"it has no column {missing[0]}; there are {', '.join(columns)}: name one with "
-                         f"--{'image' if missing[0] == image else 'caption'}_column")
-    for number_, row in enumerate(rows.cast_column(image, datasets.Image(decode=False)) if rows.features else rows):
-        try:
-            data, text = picture_bytes(row[image]), caption_of(row[caption]) if caption else ""
-            kind = picture_kind(data) if data else ""
-        except Exception as error:  # readers of files raise whatever they like
-            raise ValueError(f"row {number_}: {first_line(error)}") from error
-        if data:
-            yield data, kind, text
-        else:
-            empty.append(str(number_))
-    if empty:
-        warn("--dataset_name %s: rows without a picture are left out: %s.", args.dataset_name, some(empty))
-
-
-def caption_of(value: Any) -> str:
-    """Return the caption in a data set's cell: a text, or the first of several; "" if none. Raises ValueError."""
-    value = next(iter(value), None) if isinstance(value, (list, tuple)) else value
-    if not isinstance(value, (str, type(None))):
-        raise ValueError(f"its caption is no text but {type(value).__name__}")
-    return value or ""
-
-
-def picture_bytes(value: Any) -> bytes:
-    """Return the file in a data set's cell, which holds it or names a file, perhaps on the Hub or in an archive."""
     import fsspec
 
-    cell = value if isinstance(value, dict) else {"bytes": None, "path": value}
-    if cell.get("bytes") is not None or not cell.get("path"):
-        return cell.get("bytes") or b""
-    with fsspec.open(cell["path"], "rb") as file:
-        return file.read()
-
-
-def picture_kind(data: bytes) -> str:
-    """Return a picture file's suffix without its dot. Raises ValueError for a kind that is not read from folders."""
-    kind = Image.open(io.BytesIO(data)).format.lower()
-    kind = "jpg" if kind == "mpo" else kind  # a JPEG of several pictures
-    if f".{kind}" not in PICTURE_SUFFIXES:
-        raise ValueError(f"its picture is in {kind}; convert it to PNG")
-    return kind
+    image, caption, empty = args.image_column, args.caption_column, []
+    rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
+                                 streaming=True, cache_dir=args.cache_dir)
+    columns = rows.column_names or list(next(iter(rows), {}))  # of CSV or JSON, which names files
+    for flag, column in (("image", image), ("caption", caption)):
+        if column and column not in columns:
+            raise ValueError(f"it has no column {column}; --{flag}_column is one of {', '.join(columns)}")
+    for index, row in enumerate(rows.cast_column(image, datasets.Image(decode=False)) if rows.features else rows):
+        cell = row[image] if isinstance(row[image], dict) else {"path": row[image]}
+        texts = row[caption] if caption else ""
+        text = (texts or [""])[0] if isinstance(texts, (list, tuple)) else texts or ""
+        if not isinstance(text, str):
+            raise ValueError(f"row {index}: its caption is no text but {type(text).__name__}")
+        if cell.get("bytes"):
+            yield cell["bytes"], text
+        elif cell.get("path"):  # on this disk, on the Hub or in an archive
+            with fsspec.open(cell["path"], "rb") as file:
+                yield file.read(), text
+        else:
+            empty.append(str(index))
+    if empty:
+        warn("--dataset_name %s: rows without a picture are left out: %s.", args.dataset_name, some(empty))
 
 
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte order mark. Raises UserError naming the fault and the cure."""
     try:
-        data = path.read_bytes()
-        return data.decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); is it a text file of yours?") from error
-    except UnicodeDecodeError:
-        encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"
         raise UserError(f"{path} is not in UTF-8 but looks like {encoding}: iconv -f {encoding} -t UTF-8 converts "
                         "it.") from None
 
@@ -2077,42 +1762,35 @@ def read_metadata(path: Path, pictures: Sequence[Path] = ()) -> dict[Path, str]:
     return captions
 
 
-def caption_files(pictures: Sequence[Path]) -> ByName:
+def caption_files(pictures: Sequence[Path]) -> dict[str, Path]:
     """Return the text files beside pictures by match_name: NAME.txt, NAME.png.txt or NAME.caption."""
-    folders = dict.fromkeys(path.parent for path in pictures)
-    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES
-             and not path.name.startswith(".") and path.is_file()]
+    files = [path for folder in dict.fromkeys(path.parent for path in pictures) for path in files_in(folder, False)
+             if path.suffix.lower() in CAPTION_SUFFIXES and path.is_file()]
     own = {path: path.with_suffix("") for path in sorted(files, key=lambda path: path.suffix.lower())}
-    return ByName((match_name(place if place.suffix.lower() in PICTURE_SUFFIXES else path), path)
-                  for path, place in own.items())
-
-
-def metadata_file(folder: Path) -> Path | None:
-    """Return metadata.jsonl, or else metadata.csv, of a folder, in any case."""
-    named = {path.name.lower(): path for path in folder.iterdir() if path.is_file()}
-    return named.get("metadata.jsonl") or named.get("metadata.csv")
+    return {match_name(place if place.suffix.lower() in PICTURE_SUFFIXES else path): path
+            for path, place in own.items()}
 
 
 def read_captions(folder: Path, pictures: Sequence[Path]) -> dict[Path, str]:
     """Read the captions of a folder's pictures: of a metadata file, else of files beside them. Raises UserError."""
-    table = metadata_file(folder)
+    named = {path.name.lower(): path for path in folder.iterdir() if path.is_file()}
+    table = named.get("metadata.jsonl") or named.get("metadata.csv")
     if table:
         return read_metadata(table, pictures)
     beside = caption_files(pictures)
-    return {path: read_text(caption).strip() for path in pictures if (caption := beside.find(match_name(path)))}
+    return {path: read_text(beside[name]).strip() for path in pictures if (name := match_name(path)) in beside}
 
 
 def subfolders_with_pictures(folder: Path) -> list[str]:
     """Return the sub-folders that hold pictures, at any depth, as paths in the folder."""
-    pictures = list_picture_files("", folder, recursive=True)
+    pictures = list_pictures("", folder, recursive=True)
     return sorted({path.parent.relative_to(folder).as_posix() for path in pictures if path.parent != folder})
 
 
 def kohya_repeats(subfolders: Iterable[str]) -> str:
     """Say what the number in a sub-folder's name, as kohya's trainers read it, is here; "" if there is none."""
     found = next(filter(None, (re.search(r"(?:^|/)(([1-9]\d*)_[^/]+)$", name) for name in subfolders)), None)
-    return f"the {found[2]} of '{found[1]}' is --repeats {found[2]} here, for all pictures of the subject" if found \
-        else ""
+    return f"; the {found[2]} of '{found[1]}' is --repeats {found[2]} here, for all pictures" if found else ""
 
 
 def skipped_files(folder: Path, recursive: bool) -> list[str]:
@@ -2125,25 +1803,22 @@ def skipped_files(folder: Path, recursive: bool) -> list[str]:
 def unused_files(args: argparse.Namespace) -> list[str]:
     """Return a sentence with a cure for each kind of file beside the subject's pictures that is not used."""
     folder = pictures_folder(args)
-    pictures, masks = split_masks(list_picture_files("--instance_data_dir", folder, args.recursive))
+    pictures, masks = split_masks(list_pictures("--instance_data_dir", folder, args.recursive, masks=True))
     beside = caption_files(pictures)
-    used = {beside.find(match_name(path)) for path in pictures}
-    captions = [] if metadata_file(folder) else [path.name for path in beside.values() if path not in used]
-    own = [Path(value).resolve() for flag in ("class_data_dir", "mask_dir", "output_dir", "cache_latents_dir")
-           if (value := getattr(args, flag))]
+    captions = [beside[name].name for name in sorted(set(beside) - set(map(match_name, pictures)))]
+    own = [Path(value).resolve() for flag in ("class_data_dir", "masked_loss", "output_dir", "cache_latents_dir")
+           if isinstance(value := getattr(args, flag), str)]
     inner = [name for name in subfolders_with_pictures(folder)
              if not any((folder / name).resolve().is_relative_to(path) for path in own)]
-    others, numbered = skipped_files(folder, args.recursive), kohya_repeats(inner)
-    profiles = [path.name for path in pictures if has_unused_profile(path)]
+    others, repeats = skipped_files(folder, args.recursive), kohya_repeats(inner)
     sentences = {
-        f"{some(profiles)}: the colour profile is broken or for another kind of picture; colours are read as sRGB.":
-            profiles,
-        f"{some(sorted(path.name for path in masks))}: left out, as masks by their names; --masked_loss uses them.":
-            masks and (args.mask_dir or not args.masked_loss),
+        f"{some(sorted(path.name for path in masks.values()))}: left out, as masks by their names; --masked_loss uses "
+        "them.": masks and args.masked_loss is not True,
         f"{some(captions)}: captions of no picture; a caption has the name of its picture.": captions,
-        f"sub-folders have pictures, too ({some(inner)}), which are left out; --recursive looks into them.":
+        f"sub-folders have pictures, too ({some(inner)}), which are left out; --recursive looks into them{repeats}.":
             inner and not args.recursive,
-        f"{numbered}; the number itself does nothing.": numbered and args.recursive and args.repeats == 1,
+        f"sub-folders are read{repeats}; the number itself does nothing.":
+            repeats and args.recursive and args.repeats == 1,
         f"{some(others)} passed over, as only {', '.join(sorted(PICTURE_SUFFIXES))} are read; convert what is a "
         "picture.": others}
     return [sentence for sentence, applies in sentences.items() if applies]
@@ -2341,15 +2016,12 @@ def content_key(*parts: object) -> str:
 # -------------------------------------------------------------------------------------------------------------- checks
 # Whatever flags and file system reveal is checked before the heavy imports: conflicts, packages, models, folders.
 
-ADAMS = ("adamw", "adamw8bit", "prodigy", "schedule_free")
 IDLE_FLAGS = {  # flags that do nothing unless the flag of their row has one of these values
     ("train_text_encoder", (True,)): ("text_encoder_lr", "adam_weight_decay_text_encoder"),
-    ("train_text_encoder_ti", (True,)): ("token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
-                                         "token_lr"),
-    ("masked_loss", (True,)): ("mask_dir", "background_loss_weight"), ("use_ema", (True,)): ("ema_half_life",),
-    ("push_to_hub", (True,)): ("hub_private_repo",), ("loss_type", ("huber",)): ("huber_c",),
+    ("train_text_encoder_ti", (True,)): ("token_abstraction", "initializer_concept", "token_lr"),
+    ("push_to_hub", (True,)): ("hub_private_repo",),
     ("lr_scheduler", ("cosine_with_restarts",)): ("lr_num_cycles",), ("lr_scheduler", ("polynomial",)): ("lr_power",),
-    ("optimizer", ADAMS): ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    ("optimizer", ("adamw", "adamw8bit", "prodigy", "schedule_free")): ("adam_beta1", "adam_beta2", "adam_epsilon"),
     ("optimizer", ("prodigy",)): ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
                                   "prodigy_safeguard_warmup")}
 
@@ -2387,7 +2059,7 @@ def check_args(args: argparse.Namespace, with_weights: bool = True) -> None:
 def check_conflicts(args: argparse.Namespace) -> None:
     """Check flags that contradict each other. Raises UserError."""
     rules = block_rules(args.lora_unet_blocks)
-    is_free, is_prodigy = args.optimizer == "schedule_free", args.optimizer == "prodigy"
+    kind, optimizer = OPTIMIZERS[args.optimizer], f"--optimizer {args.optimizer}"
     weighting = "--snr_gamma" if args.snr_gamma else "--loss_weighting"
     refuse(args.snr_gamma and args.loss_weighting,
            "--snr_gamma and --loss_weighting both weight the timesteps; give one of them.")
@@ -2399,24 +2071,24 @@ def check_conflicts(args: argparse.Namespace) -> None:
            f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
     refuse(any(rule.rank == 0 for rule in rules), "--lora_unet_blocks: a rank must be at least 1.")
     refuse(args.use_8bit_adam and args.optimizer != "adamw8bit",
-           f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other; leave one out.")
-    refuse(args.use_ema and is_free,
-           "--use_ema and --optimizer schedule_free both average the adapters; leave one out.")
-    refuse(is_free and args.lr_scheduler not in ("constant", "constant_with_warmup"),
-           f"--optimizer schedule_free needs no --lr_scheduler {args.lr_scheduler}; leave it out.")
-    refuse(is_free and args.adam_beta1 == 0,
-           "--optimizer schedule_free averages with --adam_beta1, which must be above 0.")
+           f"--use_8bit_adam and {optimizer} exclude each other; leave one out.")
+    refuse(kind.averages and args.use_ema, f"--use_ema and {optimizer} both average the adapters; leave one out.")
+    refuse(kind.averages and args.lr_scheduler not in ("constant", "constant_with_warmup"),
+           f"{optimizer} needs no --lr_scheduler {args.lr_scheduler}; leave it out.")
+    refuse(kind.averages and args.adam_beta1 == 0, f"{optimizer} averages with --adam_beta1, which must be above 0.")
     refuse(args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
            "--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that.")
     rates = {"--text_encoder_lr": args.train_text_encoder and args.text_encoder_lr not in (5e-6, args.learning_rate),
-             "--loraplus_lr_ratio": args.loraplus_lr_ratio not in (None, 1),
+             "--token_lr": args.train_text_encoder_ti and args.token_lr not in (1e-3, args.learning_rate),
              "--lora_unet_blocks": any(rule.rate for rule in rules)}
     for flag, differs in rates.items():
-        refuse(is_prodigy and differs, f"--optimizer prodigy finds one rate for all, and {flag} sets another; leave "
-               "one out.")
-    if is_prodigy and args.learning_rate < 0.1:
-        warn("--optimizer prodigy finds the rate by itself, as a multiple of --learning_rate: use --learning_rate 1, "
-             "not %g.", args.learning_rate)
+        refuse(kind.finds_rate and differs, f"{optimizer} finds one rate for all, and {flag} sets another; leave one "
+               "out.")
+    if kind.finds_rate and args.learning_rate < 0.1:
+        warn("%s finds the rate by itself, as a multiple of --learning_rate: use --learning_rate 1, not %g.",
+             optimizer, args.learning_rate)
+    if kind.finds_rate and args.scale_lr:
+        warn("--scale_lr does nothing with %s, which finds the rate by itself.", optimizer)
 
 
 def warn_of_idle_flags(args: argparse.Namespace) -> None:
@@ -2430,8 +2102,6 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
     for flag in ("num_class_images", "sample_batch_size", "prior_generation_precision"):
         if not args.class_data_dir and getattr(args, flag) != parser.get_default(flag):
             warn("--%s does nothing without --class_data_dir.", flag)
-    if args.scale_lr and args.optimizer == "prodigy":
-        warn("--scale_lr does nothing with --optimizer prodigy, which finds the rate by itself.")
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -2483,63 +2153,44 @@ def is_tracked(args: argparse.Namespace) -> bool:
 
 
 def check_models(args: argparse.Namespace, with_weights: bool) -> None:
-    """Check base model and VAE, if they are paths: whole, and SDXL's. Raises UserError."""
-    name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    for flag, place in ((BASE_FLAG, name), (VAE_FLAG, vae)):
-        refuse(place and not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") != 1),
+    """Check base model and VAE, if they are on this disk: whole, and SDXL's. Raises UserError."""
+    parts = "unet", *TEXT_ENCODERS, *["vae"] * (not args.pretrained_vae_model_name_or_path)
+    if Path(args.pretrained_model_name_or_path).is_dir():
+        check_is_sdxl(args.pretrained_model_name_or_path)
+    for flag, folders, needed in ((BASE_FLAG, parts, SDXL_KEYS), (VAE_FLAG, ("",), VAE_KEYS)):
+        place = getattr(args, flag[2:]) or "the/base"
+        refuse(not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") != 1),
                f"{flag} {place}: no such folder or file, and no Hub id (owner/name).")
-    if Path(name).is_file():
-        check_single_file(BASE_FLAG, Path(name), SDXL_KEYS)
-    elif Path(name).is_dir():
-        try:
-            index = json.loads(Path(name, "model_index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{BASE_FLAG} {name} is not a diffusers folder: it has no readable model_index.json."
-                            ) from error
-        check_is_sdxl(name, index)
-        for part in ("unet", *TEXT_ENCODERS, *["vae"] * (not vae)) if with_weights else ():
-            check_part(BASE_FLAG, Path(name, part), args.variant)
-    if vae and Path(vae).is_file():
-        check_single_file(VAE_FLAG, Path(vae), VAE_KEYS)
-    elif vae and Path(vae).is_dir() and with_weights:
-        check_part(VAE_FLAG, Path(vae), None)
+        if Path(place).is_file():
+            check_single_file(flag, Path(place), needed)
+        for part in folders if Path(place).is_dir() and with_weights else ():
+            check_weights(flag, Path(place, part), args.variant if flag == BASE_FLAG else None)
 
 
-def check_part(flag: str, folder: Path, variant: str | None) -> None:
-    """Check that a part's folder has its configuration and weights of the variant, all whole. Raises UserError."""
-    if not (folder / "config.json").is_file():
-        inner = folder / "vae" if flag == VAE_FLAG else folder
-        hint = f"name {inner}" if (inner / "config.json").is_file() else "fetch it again"
-        raise UserError(f"{flag}: {folder} has no config.json; {hint}.")
+def check_is_sdxl(name: str, index: Any = None) -> None:
+    """Check that a model_index.json is of an SDXL pipeline; without one, that of a folder. Raises UserError."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("_class_name", "UNet2DConditionModel")
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"{flag}: {folder / 'config.json'} cannot be read; fetch it again.") from None
-    if flag == VAE_FLAG or folder.name == "vae":
-        check_is_vae(flag, str(folder), config)
-    refuse(flag == BASE_FLAG and folder.name == "unet" and kind != "UNet2DConditionModel",
-           f"{flag}: {folder} is a {kind}; the UNet of SDXL is a UNet2DConditionModel.")
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+        index = index or json.loads(Path(name, "model_index.json").read_text(encoding="utf-8"))
+        kind = index["_class_name"]
+        encoders = [(index.get(part) or [None])[-1] for part in TEXT_ENCODERS]  # the refiner lacks the first
+    except (OSError, ValueError, LookupError, TypeError):
+        kind, encoders = "folder without a whole model_index.json", []
+    refuse(not kind.startswith("StableDiffusionXL") or None in encoders,
+           f"{BASE_FLAG} {name} is a {kind}, not SDXL, which this script trains.")
+
+
+def check_weights(flag: str, folder: Path, variant: str | None) -> None:
+    """Check that a part's folder has its configuration and weights of the variant, all whole. Raises UserError."""
+    refuse(not (folder / "config.json").is_file(), f"{flag}: {folder} has no config.json; fetch it again.")
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
     # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
-    whole = [path for path in files if path.stem.partition(".")[2].partition("-")[0] == (variant or "")]
+    own = [path for path in files if path.stem.partition(".")[2].partition("-")[0] == (variant or "")]
     found = f"only {files[0].name}; is it another --variant?" if files else "none"
-    refuse(not whole, f"{flag}: there should be *.{f'{variant}.' if variant else ''}safetensors in {folder}, but "
-           f"there are {found}.")
-    for path in whole:
-        refuse(path.suffix == ".safetensors" and not safetensors_header(path),
-               f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
-
-
-def check_is_vae(flag: str, name: str, config: dict[str, Any]) -> None:
-    """Check that a VAE's configuration is of SDXL's class and latents. Raises UserError."""
-    kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", 4)
-    into, out = config.get("in_channels", 3), config.get("out_channels", 3)
-    refuse(kind == "AutoencoderKL" and (into, out) != (3, 3), f"{flag}: the VAE of {name} is not for RGB pictures; it "
-           f"has {into} channels in and {out} out.")
-    found = kind if kind != "AutoencoderKL" else f"{kind} with {channels} latent channels"
-    refuse(kind != "AutoencoderKL" or channels != 4, f"{flag}: the VAE of {name} is of the class {found}; only an "
-           "AutoencoderKL with 4 latent channels can be used, as SDXL's own or madebyollin/sdxl-vae-fp16-fix.")
+    refuse(not own, f"{flag}: there should be *.{f'{variant}.' if variant else ''}safetensors in {folder}, but there "
+           f"are {found}.")
+    for path in own:
+        refuse(path.suffix == ".safetensors" and not tensor_names(path), f"{flag}: {path} is cut off or no "
+               "safetensors file; fetch it again.")
 
 
 VAE_KEYS = ("^encoder.conv_in.weight$", "^decoder.conv_out.weight$")  # what a single file of each kind has
@@ -2549,36 +2200,22 @@ SDXL_KEYS = ("^model.diffusion_model.input_blocks.0.0.weight", "^first_stage_mod
 
 def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
     """Check a file as Civitai has them: safetensors, whole, with all that is needed. Raises UserError."""
-    keys = safetensors_header(path)
-    refuse(not keys, f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
-    missing = "".join([key for key in needed if not any(re.search(key, name) for name in keys)][:1]).strip("^$")
-    refuse(missing and flag == VAE_FLAG,
-           f"{flag}: {path} is no single file of an AutoencoderKL, as it lacks {missing}.")
-    refuse(missing, f"{flag}: {path} is not a whole model of SDXL, as it lacks {missing}; a LoRA, a UNet alone, a "
-           "refiner or another model cannot be trained on.")
-    refuse("edm_vpred.sigma_max" in keys, f"{flag}: {path} is an EDM model with v-prediction (CosXL), which this "
+    names = tensor_names(path)
+    refuse(not names, f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
+    missing = next((key.strip("^$") for key in needed if not any(re.search(key, name) for name in names)), None)
+    refuse(missing, f"{flag}: {path} is no whole {'AutoencoderKL' if flag == VAE_FLAG else 'SDXL'}, as it lacks "
+           f"{missing}; a LoRA, a UNet alone, a refiner or another model cannot be trained on.")
+    refuse("edm_vpred.sigma_max" in names, f"{flag}: {path} is an EDM model with v-prediction (CosXL), which this "
            "script does not train.")
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the tensors of a whole safetensors file by name, from the JSON after its length; {} if it is cut off."""
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file; none if it is another file, or was cut off."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 10**8)))
-        header.pop("__metadata__", None)
-        size = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-        return header if size == path.stat().st_size else {}
-    except (OSError, ValueError, AttributeError, LookupError, TypeError):  # a link to nowhere is no file either
-        return {}
-
-
-def check_is_sdxl(name: str, index: dict[str, Any]) -> None:
-    """Check that a model_index.json is of an SDXL pipeline. Raises UserError."""
-    kind = index.get("_class_name") if isinstance(index, dict) else "file without keys"
-    encoders = [(index.get(part) or [None])[-1] for part in TEXT_ENCODERS] if isinstance(index, dict) else []
-    refuse(not str(kind).startswith("StableDiffusionXL") or not all(encoders),  # the refiner lacks the first
-           f"{BASE_FLAG} {name} is a {kind}, not SDXL, which this script trains.")
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        return []
 
 
 def check_folders(args: argparse.Namespace) -> None:
@@ -2586,24 +2223,17 @@ def check_folders(args: argparse.Namespace) -> None:
     for cached in (masks_by_name, dataset_version):  # by an earlier run in the same notebook
         cached.cache_clear()
     KNOWN_PICTURES.read(cache_folder(args))
-    output = Path(args.output_dir)
-    if not find_checkpoint(args.resume_from_checkpoint, output) and args.init_lora:
-        lora = Path(args.init_lora)
-        found = "no whole safetensors file" if lora.is_file() else "no file"
-        refuse(not safetensors_header(lora), f"--init_lora {lora} is {found}; name a LoRA's .safetensors file on this "
-               "disk.")
+    output, lora = Path(args.output_dir), Path(args.init_lora or "")
+    resumed = find_checkpoint(args.resume_from_checkpoint, output)
+    if args.init_lora and not resumed:
+        refuse(not tensor_names(lora), f"--init_lora {lora} is no whole safetensors file; name a LoRA's on this disk.")
         refuse(lora.absolute().parent == output.absolute(), f"--init_lora {lora} is in --output_dir, where this run's "
                "own LoRA goes; choose another --output_dir.")
-    check_writable("--output_dir", output)
-    check_writable("--output_dir", output / "validation")
-    check_writable("--cache_latents_dir" if args.cache_latents_dir else "--output_dir", cache_folder(args))
-    if args.report_to != "none":
-        check_writable("--logging_dir", output / args.logging_dir)
-    check_owner(output)
-    refuse(args.instance_data_dir is None and args.dataset_name is None,
-           "the pictures are missing: give --instance_data_dir, a folder, or else --dataset_name.")
-    refuse(args.instance_data_dir is not None and args.dataset_name is not None,
-           "--instance_data_dir and --dataset_name exclude each other.")
+    for flag, folder in (("output_dir", output), ("output_dir", output / "validation"),
+                         ("cache_latents_dir", cache_folder(args)), ("logging_dir", output / args.logging_dir)):
+        check_writable(flag if getattr(args, flag) else "output_dir", folder)
+    refuse((args.instance_data_dir is None) == (args.dataset_name is None), "the pictures come from a folder, "
+           "--instance_data_dir, or from --dataset_name: give one of the two.")
     if args.instance_data_dir is not None:
         check_apart(args)
         check_subject(args)
@@ -2622,8 +2252,8 @@ def cache_folder(args: argparse.Namespace) -> Path:
 def check_apart(args: argparse.Namespace) -> None:
     """Check that no other pictures lie where those of the subject are looked for. Raises UserError."""
     subject = Path(args.instance_data_dir).resolve()
-    for flag in ("class_data_dir", "mask_dir", "output_dir"):
-        folder = Path(getattr(args, flag) or "/").resolve()
+    for flag in ("class_data_dir", "masked_loss", "output_dir"):
+        folder = Path(value if isinstance(value := getattr(args, flag), str) else "/").resolve()
         refuse(folder == subject or (args.recursive and folder.is_relative_to(subject)), f"--{flag} {folder} is in "
                "--instance_data_dir, where its pictures would be taken for the subject's; choose another.")
     refuse(args.recursive and args.class_data_dir and subject.is_relative_to(Path(args.class_data_dir).resolve()),
@@ -2649,12 +2279,13 @@ def check_subject(args: argparse.Namespace) -> None:
 
 def check_masks(args: argparse.Namespace, pictures: Sequence[Path]) -> None:
     """Check that all masks are whole and fit their pictures, and that there are some. Raises UserError."""
-    masks = masks_by_name(str(args.mask_dir or pictures_folder(args)), args.recursive, beside=args.mask_dir is None)
-    check_pictures("--mask_dir" if args.mask_dir else "--masked_loss", list(dict.fromkeys(masks.values())), read_mask)
+    beside = args.masked_loss is True
+    folder = str(pictures_folder(args) if beside else args.masked_loss)
+    check_pictures("--masked_loss", list(dict.fromkeys(masks_by_name(folder, args.recursive, beside).values())),
+                   read_mask)
     bare = [path.name for path in pictures if load_mask(args, path) is None]
-    has = "has the name of a picture" if args.mask_dir else "is transparent or has a mask beside it"
-    refuse(len(bare) == len(pictures), "--masked_loss finds no mask: no picture of "
-           f"{args.mask_dir or pictures_folder(args)} {has}.")
+    refuse(len(bare) == len(pictures), f"--masked_loss finds no mask: no picture of {folder} "
+           f"{'is transparent or has a mask beside it' if beside else 'has the name of a picture'}.")
     if bare:
         warn("--masked_loss: %d of %d pictures have no mask, and all of them counts as subject: %s", len(bare),
              len(pictures), ", ".join(bare[:5]))
@@ -2663,9 +2294,8 @@ def check_masks(args: argparse.Namespace, pictures: Sequence[Path]) -> None:
 def check_not_in_subfolders(flag: str, folder: Path) -> None:
     """Refuse a folder without pictures whose sub-folders have some. Raises UserError."""
     names = subfolders_with_pictures(folder)
-    repeats = kohya_repeats(names)
     refuse(names, f"{flag} {folder} holds no picture, but its sub-folders do ({some(names)}): add --recursive, or "
-           f"name one of them{'; ' * bool(repeats)}{repeats}.")
+           f"name one of them{kohya_repeats(names)}.")
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -2674,24 +2304,7 @@ def check_writable(flag: str, folder: Path) -> None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}); choose another.") from error
-
-
-def check_owner(output: Path) -> None:
-    """Refuse an output folder with files of another user that cannot be moved. Raises UserError.
-
-    In a sticky folder only a file's owner may move it; anywhere a folder is moved only by who may write into it.
-    """
-    if os.name != "posix" or not output.is_dir():
-        return
-    folder, own = output.stat(), os.geteuid()
-    is_sticky = folder.st_mode & stat.S_ISVTX and own not in (0, folder.st_uid)
-    named = (output / name for name in (*OUTPUT_NAMES, MANIFEST_FILE, "validation"))
-    theirs = [path for path in (*filter(os.path.lexists, named), *steps_in(output))
-              if (is_sticky and path.lstat().st_uid != own)
-              or (path.is_dir() and not path.is_symlink() and not os.access(path, os.W_OK))]
-    refuse(theirs, f"--output_dir {output} has files of another user, which cannot be moved away "
-           f"({some(path.relative_to(output).as_posix() for path in theirs)}); choose another.")
+        raise UserError(f"--{flag} {folder} cannot be written ({error.strerror}); choose another.") from error
 
 
 def find_checkpoint(name: str | None, output: Path) -> Path | None:
@@ -2705,7 +2318,7 @@ def find_checkpoint(name: str | None, output: Path) -> Path | None:
         if list_checkpoints(folder):  # a run's folder
             return list_checkpoints(folder)[-1]
         lora = folder / LORA_FILE if folder.is_dir() else folder
-        refuse(safetensors_header(lora), f"--resume_from_checkpoint {name} holds no state of this script's training, "
+        refuse(tensor_names(lora), f"--resume_from_checkpoint {name} holds no state of this script's training, "
                f"which a LoRA does not bring along; --init_lora {lora} starts a new run from its weights.")
     found = ", ".join(folder.name for folder in list_checkpoints(output)) or "none"
     raise UserError(f"--resume_from_checkpoint {name} names no checkpoint; in {output} there are: {found}.")
@@ -2732,20 +2345,6 @@ def steps_in(output: Path) -> dict[Path, int]:
         {path: int(found[1]) for path, found in pictures.items() if found}
 
 
-def read_manifest(output: Path) -> dict[str, list[str]]:
-    """Return the hashes of what this script wrote into an output folder, by name; {} if nothing can be read."""
-    with suppress(OSError, ValueError):
-        manifest = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest, dict) else {}
-    return {}
-
-
-def is_own(output: Path, name: str, manifest: dict[str, list[str]]) -> bool:
-    """Return True if something of OUTPUT_NAMES is as this script wrote it; what grows is known by name alone."""
-    known, path = manifest.get(OUTPUT_NAMES[name], ()), output / name
-    return bool(known) and (OUTPUT_NAMES[name] != name or path.is_file() and content_key(path.read_bytes()) in known)
-
-
 # ------------------------------------------------------------------------------------------------------ process set-up
 # Signals, output and loggers, before anything heavy is imported.
 
@@ -2755,11 +2354,6 @@ def die_with_parent() -> None:
     with suppress(OSError):
         if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of linux/prctl.h
-
-
-def exit_now(signum: int, frame: object) -> NoReturn:
-    """A signal's handler before and after training: end at once, as nothing is at stake."""
-    os._exit(128 + signum)  # an exception would be printed, and may fall into the interpreter's own clean-up
 
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
@@ -2853,7 +2447,8 @@ def hide_token() -> None:
 if __name__ == "__main__":  # a mistake answers in half a second, not after the imports below
     keep_writing()
     hide_token()
-    handle_stop_signals(exit_now)  # the imports below take seconds
+    # the imports below take seconds, and an exception may fall into the interpreter's own clean-up
+    handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
     die_with_parent()
     with one_sentence():
         ARGS = parse_args()
@@ -2878,13 +2473,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_session
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -2973,7 +2568,6 @@ def start(args: argparse.Namespace, stop: StopSignals | None = None) -> Run:
     with local_main_first(accelerator, waiting):
         base, vae = find_sources(args)
     scheduler, zeros, factor = load_base_config(base, vae)
-    check_clip_skip(base, args.clip_skip)
     scheduler = with_prediction(scheduler, args.prediction_type, args.rescale_betas_zero_snr)
     return Run(args, accelerator, stop, waiting, broadcast_object_list(seed)[0], base, vae,
                TensorCache(cache_folder(args)), PhaseMemory(accelerator.device), choose_text(args), choose_prior(args),
@@ -3074,8 +2668,8 @@ def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) 
     diffusers does it, in the file's own dtype, but for the markers `v_pred` and `ztsnr`, which it ignores: a model
     with them predicts velocity, and its last timestep is pure noise. Raises UserError.
     """
-    tensors = safetensors_header(path)
-    is_vae = not any(name.startswith("model.diffusion_model.") for name in tensors)
+    names = tensor_names(path)
+    is_vae = not any(name.startswith("model.diffusion_model.") for name in names)
     made_of = content_key(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, config)
     unpacked = folder / f"unpacked-{path.stem}-{made_of[:12]}"
     if unpacked.is_dir():
@@ -3083,12 +2677,13 @@ def unpack(path: Path, folder: Path, config: str | None, cache_dir: str | None) 
     check_space(folder, path.stat().st_size, "the single file, unpacked")
     sweep(folder, before=time.time() - 86400)
     kind, place = (AutoencoderKL, {"subfolder": "vae"}) if is_vae else (StableDiffusionXLPipeline, {})
-    largest_one = max(tensors.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest_one["dtype"], torch.float32)
+    with safe_open(path, framework="pt") as file:
+        dtypes = [file.get_slice(name).get_dtype() for name in names]
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(statistics.mode(dtypes), torch.float32)
     try:
         model = kind.from_single_file(str(path), config=config, cache_dir=cache_dir, torch_dtype=dtype, **place)
-        if "v_pred" in tensors:
-            extra = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in tensors else {}
+        if "v_pred" in names:
+            extra = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in names else {}
             model.scheduler = type(model.scheduler).from_config(model.scheduler.config, prediction_type="v_prediction",
                                                                 **extra)
         with atomic_write(unpacked, shared=True, size=path.stat().st_size) as unfinished:
@@ -3164,7 +2759,9 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
         scheduler = scheduler_class.from_pretrained(source.name, **source.keywords("scheduler"))
         vae_config = AutoencoderKL.load_config(vae.name, **vae.keywords("vae"))
         unet_config = UNet2DConditionModel.load_config(source.name, **source.keywords("unet"))
-        check_is_vae(BASE_FLAG if vae == source else VAE_FLAG, vae.name, vae_config)
+        kind, channels = vae_config.get("_class_name", "AutoencoderKL"), vae_config.get("latent_channels", 4)
+        refuse(kind != "AutoencoderKL" or channels != 4, f"the VAE of {vae.name} is a {kind} with {channels} latent "
+               "channels; only an AutoencoderKL with 4 can be used, as SDXL's own or madebyollin/sdxl-vae-fp16-fix.")
         if vae != source:
             warn_of_scaling(source, vae, vae_config)
     except (OSError, ValueError, KeyError, AttributeError, HfHubHTTPError) as error:
@@ -3186,14 +2783,6 @@ def warn_of_scaling(source: Source, vae: Source, config: dict[str, Any]) -> None
                  vae.name, *scales)
 
 
-def check_clip_skip(source: Source, clip_skip: int) -> None:
-    """Check that the text encoders have the layers that are skipped, and one to read. Raises UserError."""
-    for part in TEXT_ENCODERS if clip_skip else ():
-        layers = CLIPTextConfig.from_pretrained(source.name, **source.keywords(part)).num_hidden_layers
-        refuse(clip_skip > layers - 2, f"--clip_skip {clip_skip} is too much for the {part} of {source.name}, which "
-               f"has {layers} layers; {layers - 2} is the most.")
-
-
 def with_prediction(scheduler: Any, prediction_type: str | None, zero_snr: bool) -> Any:
     """Return the scheduler with another prediction type or zero terminal SNR (arXiv:2305.08891). Raises UserError."""
     name = type(scheduler).__name__
@@ -3212,13 +2801,11 @@ def with_prediction(scheduler: Any, prediction_type: str | None, zero_snr: bool)
 class TrainableSDXL(nn.Module):
     """The UNet and, if they are trained, the text encoders: the one object that is trained, clipped and saved."""
 
-    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), compiled: bool = False,
-                 clip_skip: int = 0) -> None:
+    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), compiled: bool = False) -> None:
         super().__init__()
         self.unet, self.dtype = unet, unet.dtype
         self.text_encoders = nn.ModuleList(text_encoders)
-        self.embed = functools.partial(encode_ids, self.text_encoders, clip_skip=clip_skip) if text_encoders \
-            else lambda text: text
+        self.embed = functools.partial(encode_ids, self.text_encoders) if text_encoders else lambda text: text
         # everything that is trained, always float32
         self.adapters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
@@ -3226,7 +2813,6 @@ class TrainableSDXL(nn.Module):
         self.forwards = {layer: forward for layer, (forward, _) in zip(self.layers, fused, strict=True)}
         pairs = [pair for _, copies in fused for pair in copies]
         self.masters, self.copies = [master for master, _ in pairs], [copy for _, copy in pairs]
-        self.moves = 0  # how often the frozen weights got other addresses
         self.use_fused_lora(True)
 
     def use_fused_lora(self, fused: bool) -> None:
@@ -3289,7 +2875,7 @@ def load_trainable(run: Run) -> TrainableSDXL:
     use_checkpointing(args, unet, encoders)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    model = TrainableSDXL(unet, encoders, compile_unet(run, unet), args.clip_skip)
+    model = TrainableSDXL(unet, encoders, compile_unet(run, unet))
     if args.init_lora and not resume_candidates(args.resume_from_checkpoint, run.output):
         load_init_lora(Path(args.init_lora), model)
     for adapter in model.adapters.values() if run.accelerator.num_processes > 1 else ():
@@ -3322,43 +2908,24 @@ def use_checkpointing(args: argparse.Namespace, unet: nn.Module, encoders: Seque
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-class RecompileLimit(logging.Filter):
-    """Counts the functions that dynamo stopped compiling, which it reports in a warning alone."""
-
-    hits = 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Count such a warning and hide it."""
-        is_hit = "hit config." in str(record.msg)
-        self.hits += is_hit
-        return not is_hit
-
-
-RECOMPILE_LIMIT = RecompileLimit()
 
 
 def graphs_compiled() -> str:
-    """Say how many graphs were compiled in this run, and whether dynamo went on without some; "" if none were."""
-    if "torch._dynamo" not in sys.modules:
-        return ""
-    count, hits = torch._dynamo.utils.counters["stats"]["unique_graphs"], RECOMPILE_LIMIT.hits
-    more = f"; recompiled too often and run in eager mode: {hits} functions" if hits else ""
-    return f"{count} graphs{more}" if count else ""
+    """Say how many graphs were compiled in this run; "" if none were."""
+    dynamo = sys.modules.get("torch._dynamo")
+    count = dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
+    return f"{count} graphs" if count else ""
 
 
 def compile_unet(run: Run, unet: UNet2DConditionModel) -> bool:
-    """Compile the UNet in place, whole or each repeated block, if the flag or accelerate says so; return whether."""
-    plugin, asked = run.accelerator.state.dynamo_plugin, run.args.torch_compile
-    if not asked and plugin.backend.value == "NO":
+    """Compile the UNet in place, whole or each repeated block, if accelerate says so; return whether it does."""
+    plugin = run.accelerator.state.dynamo_plugin
+    if plugin.backend.value == "NO":
         return False
-    options = {**plugin.to_kwargs(), **({"backend": "inductor"} if asked else {})}
     # each width, batch, bucket and mode of gradients is a graph; at its usual limit of 8 dynamo goes on without them
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     torch._dynamo.utils.counters["stats"].clear()
-    RECOMPILE_LIMIT.hits = 0
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(RECOMPILE_LIMIT)
-    regional = asked == "regional" if asked else plugin.use_regional_compilation
-    (unet.compile_repeated_blocks if regional else unet.compile)(**options)
+    (unet.compile_repeated_blocks if plugin.use_regional_compilation else unet.compile)(**plugin.to_kwargs())
     return True
 
 
@@ -3373,11 +2940,11 @@ def unet_targets(args: argparse.Namespace) -> str:
     return (rf"(?:{within})\." if within else "") + rf".*(?:{'|'.join(layer.strip() for layer in layers)})"
 
 
-def text_encoder_targets(encoder: nn.Module, clip_skip: int) -> str:
+def text_encoder_targets(encoder: nn.Module) -> str:
     """Return a pattern of the attention in the layers that SDXL reads: all of the second encoder, whose projection
-    reads the last one, all but the last of the first (diffusers#4340), without those that --clip_skip leaves out.
+    reads the last one, all but the last of the first (diffusers#4340).
     """
-    unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1 + clip_skip
+    unread = 0 if isinstance(encoder, CLIPTextModelWithProjection) else 1
     layers = "|".join(map(str, range(encoder.config.num_hidden_layers - unread)))
     return rf".*layers\.({layers})\.self_attn\.(q|k|v|out)_proj"
 
@@ -3385,7 +2952,7 @@ def text_encoder_targets(encoder: nn.Module, clip_skip: int) -> str:
 def add_adapters(args: argparse.Namespace, part: nn.Module) -> None:
     """Add float32 adapters to a frozen UNet or text encoder. Raises UserError if there is no such module."""
     is_unet = isinstance(part, UNet2DConditionModel)
-    targets = unet_targets(args) if is_unet else text_encoder_targets(part, args.clip_skip)
+    targets = unet_targets(args) if is_unet else text_encoder_targets(part)
     rules, adapter = (block_rules(args.lora_unet_blocks), choose_adapter(args)) if is_unet else ((), Lora(args))
     alpha = args.lora_alpha or args.rank
     ranks = {rf"{re.escape(rule.block)}\..*": rule.rank for rule in rules if rule.rank}
@@ -3449,11 +3016,6 @@ class LowRank(torch.autograd.Function):
         return grad, grad_x, grad_a.float(), grad_b.float(), None, None
 
 
-def low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Compute the same as LowRank in operations that torch.compile can fuse."""
-    return output + nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
-
-
 def autocast_forward(layer: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
     """Run peft's forward of a layer with its products in dtype."""
     if dtype == torch.float32 or x.is_meta:  # the meta device has no autocast
@@ -3474,13 +3036,14 @@ def fused_lora_forward(layer: nn.Module, dtype: torch.dtype,
                        compiled: bool) -> tuple[Callable | None, list[tuple[Tensor, Tensor]]]:
     """Return a forward for one of peft's layers, and (master, copy) of A and B, if it reads copies in dtype."""
     base, dropout, scale = layer.base_layer, layer.lora_dropout["default"], layer.scaling["default"]
+    linear = nn.functional.linear
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     if layer.lora_variant:  # DoRA: peft's own, in dtype as all else; by itself it computes in float32
         return functools.partial(autocast_forward, layer, dtype), []
     if not isinstance(layer, peft.tuners.lora.Linear):
         return functools.partial(convolve_lora, layer), []
     if compiled:
-        return lambda x: low_rank(base(x), dropout(x), a, b, scale), []
+        return lambda x: base(x) + linear(linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scale, []
     cast_a, cast_b = a.detach().to(dtype), b.detach().to(dtype)  # the same storage if dtype is float32
     cast = CastLoraWeights(cast_a, cast_b, cast_a.t(), cast_b.t())
     copies = [] if dtype == torch.float32 else [(a.detach(), cast_a), (b.detach(), cast_b)]
@@ -3578,7 +3141,6 @@ def offloaded(run: Run, model: TrainableSDXL) -> Iterator[None]:
         yield
     finally:
         move_frozen(model.unet, run.device)
-        model.moves += 1
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -3616,24 +3178,6 @@ def atomic_write(path: Path, shared: bool = False, size: int = 0, durable: bool 
                             "written before is whole.") from error
     finally:
         remove(unfinished)
-
-
-@contextmanager
-def output_file(path: Path, size: int = 0, durable: bool = False) -> Iterator[Path]:
-    """Be atomic_write for a file of the output folder, whose hash is in the manifest before it is there."""
-    with atomic_write(path, size=size, durable=durable) as unfinished:
-        yield unfinished
-        manifest = read_manifest(path.parent)
-        if os.path.lexists(path) and not is_own(path.parent, path.name, manifest):  # came while the run lasted
-            warn("%s, which this script did not write, is now in %s.", path, move_aside(path.parent, [path]))
-        manifest[path.name] = [*manifest.get(path.name, ())[-1:], content_key(unfinished.read_bytes())]
-        write_manifest(path.parent, manifest)
-
-
-def write_manifest(output: Path, manifest: dict[str, list[str]]) -> None:
-    """Write the hashes of what this script wrote into an output folder."""
-    with atomic_write(output / MANIFEST_FILE) as file:
-        file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def to_disk(path: Path) -> None:
@@ -3682,8 +3226,8 @@ def best_effort(what: str) -> Iterator[None]:
 
 
 UNFINISHED = re.compile(
-    rf"\.(?:[0-9a-f]{{40}}\.safetensors|(?:checkpoint|last)-\d+|(?:dataset|unpacked)-.+|{re.escape(MANIFEST_FILE)}|"
-    rf"{'|'.join(re.escape(Path(name).name) for name in OUTPUT_NAMES)})(?:\.[0-9a-f]{{12}})?(?:\.outdated)?\.tmp")
+    rf"\.(?:[0-9a-f]{{40}}\.safetensors|(?:checkpoint|last)-\d+|(?:dataset|unpacked)-.+|"
+    rf"{'|'.join(map(re.escape, OUTPUT_FILES))})(?:\.[0-9a-f]{{12}})?(?:\.outdated)?\.tmp")
 """The names that atomic_write gives to what this script writes."""
 
 
@@ -3741,51 +3285,33 @@ def lock_output(output: Path, cache: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def open_output(run: Run, step: int) -> None:
-    """Make room in the output folder for this run, and write its flags there."""
-    if run.accelerator.is_main_process:
-        run.output.mkdir(parents=True, exist_ok=True)
-        set_aside(run.output, step)
-        with output_file(run.output / CONFIG_FILE) as unfinished:
-            unfinished.write_text(yaml.safe_dump(public_settings(run.args, run.seed), allow_unicode=True),
-                                  encoding="utf-8")
-
-
 def set_aside(output: Path, step: int) -> None:
-    """Move what is not this run's from where it writes to a folder of its own: what an earlier run left beyond a step,
-    with that run's files, and what the manifest does not know, which may be the user's.
+    """Move what is not this run's from where it writes to a folder of its own: what another run left beyond a step,
+    with that run's files, and what may be the user's.
     """
-    later = [path for path, at in steps_in(output).items() if at > step]
-    there, manifest = [name for name in OUTPUT_NAMES if os.path.lexists(output / name)], read_manifest(output)
-    if not manifest and any(step_of(path) == step for path in list_checkpoints(output)):
-        # the run's own folder, whose manifest was lost: `cp run/*` leaves it, and old versions had none
-        files = [name for name in there if (output / name).is_file()]
-        manifest = {name: [content_key((output / name).read_bytes())] for name in files}
-        write_manifest(output, manifest)
-    if step == 0 and (later or LORA_FILE in there):
-        moved = there
+    later = sorted(path.relative_to(output).as_posix() for path, at in steps_in(output).items() if at > step)
+    there = [name for name in (*OUTPUT_FILES, "validation/step-000000") if os.path.lexists(output / name)]
+    began = HISTORY_FILE in there and LORA_FILE not in there  # this run, but it was killed before its first checkpoint
+    if step:
+        moved = [name for name in there if name == "README.md" or later and name not in (HISTORY_FILE, CONFIG_FILE)]
     else:
-        kept = (HISTORY_FILE, CONFIG_FILE) if later else ()
-        moved = [name for name in there if not is_own(output, name, manifest) or (later and name not in kept)]
-    if not later and not moved:
-        return
-    place = move_aside(output, dict.fromkeys([*later, *(output / name for name in moved)]))
-    is_run, verb = later or (step == 0 and LORA_FILE in moved), "is" if len(moved) == 1 else "are"
-    print_rows([("Earlier", f"what another run left beyond step {step} is now in {place}" if is_run else
-                 f"{some(moved)} in {output}, which this script did not write, {verb} now in {place}")])
+        moved = [name for name in there if name == "README.md" or later or not began]
+    if later or moved:
+        place = move_aside(output, later + moved)
+        print_rows([("Earlier", f"{some(later + moved)} of {output} {'is' if len(later + moved) == 1 else 'are'} now "
+                     f"in {place}")])
 
 
-def move_aside(output: Path, paths: Iterable[Path]) -> Path:
-    """Move files and folders of the output folder into a new one in it, and return that."""
+def move_aside(output: Path, names: Iterable[str]) -> Path:
+    """Move files and folders of the output folder into a new one in it, and return that. Raises UserError."""
     place = next(place for place in (output / f"earlier-{i}" for i in itertools.count(1)) if not place.exists())
-    for path in paths:
-        target = place / path.relative_to(output)
+    for name in names:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).replace(place / name)
         except OSError as error:
-            raise UserError(f"--output_dir {output}: {path.name} cannot be moved to {place} ({error.strerror}); "
-                            "choose another.") from error
+            raise UserError(f"--output_dir {output}: {name} cannot be moved to {place} ({error.strerror}); choose "
+                            "another.") from error
     return place
 
 
@@ -3957,23 +3483,22 @@ def warn_of_long_prompts(run: Run, prompts: Iterable[str]) -> None:
             warn('a prompt has more than %d tokens; this end of it is cut off: "%s"', limit, tokenizer.decode(lost))
 
 
-def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor], clip_skip: int = 0) -> Text:
+def encode_ids(encoders: Iterable[nn.Module], ids: Iterable[Tensor]) -> Text:
     """Encode token ids (B, L) as SDXL reads them: penultimate hidden states of both encoders side by side
-    (B, L, 2048), or clip_skip layers before them, and the second's projected output (B, 1280).
+    (B, L, 2048), and the second's projected output (B, 1280).
     """
     outputs = [encoder(rows, output_hidden_states=True) for encoder, rows in zip(encoders, ids, strict=True)]
-    hidden = [output.hidden_states[-(clip_skip + 2)] for output in outputs]
-    return torch.cat(hidden, dim=-1), outputs[-1].text_embeds
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
 @torch.no_grad()
-def encode_text(source: Source, ids: Text, dtype: torch.dtype, device: torch.device, clip_skip: int = 0) -> Text:
+def encode_text(source: Source, ids: Text, dtype: torch.dtype, device: torch.device) -> Text:
     """Return embeddings of all prompts; each encoder is loaded, used and freed before the next."""
 
     def encode(part: str, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         encoder = load_part(source, part, dtype, device)
         outputs = (encoder(row[None].to(device), output_hidden_states=True) for row in rows)
-        return [(output.hidden_states[-(clip_skip + 2)], output.get("text_embeds")) for output in outputs]
+        return [(output.hidden_states[-2], output.get("text_embeds")) for output in outputs]
 
     first, second = (encode(part, rows) for part, rows in zip(TEXT_ENCODERS, ids, strict=True))
     hidden = [torch.cat([one, two], dim=-1) for (one, _), (two, _) in zip(first, second, strict=True)]
@@ -3987,13 +3512,10 @@ def encode_prompts(run: Run, prompts: Iterable[str], trained: bool, dtype: torch
     if trained:
         return PromptEmbeddings(numbers, list(zip(*(rows.to(run.device) for rows in ids), strict=True)).__getitem__)
     made_by = [weights_fingerprint(run.base, part) for part in TEXT_ENCODERS]
-    skipped = [run.args.clip_skip] * bool(run.args.clip_skip)
-    keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair), *skipped)
-            for pair in zip(*ids, strict=True)]
+    keys = [content_key(*made_by, dtype, *(rows.tolist() for rows in pair)) for pair in zip(*ids, strict=True)]
     missing = [i for i in local_share(len(keys), run.accelerator) if not run.cache.has(keys[i])]
     if missing:
-        embeds, pooled = encode_text(run.base, (ids[0][missing], ids[1][missing]), dtype, run.device,
-                                     run.args.clip_skip)
+        embeds, pooled = encode_text(run.base, (ids[0][missing], ids[1][missing]), dtype, run.device)
         for i, row, pooled_row in zip(missing, embeds, pooled, strict=True):
             run.cache.put(keys[i], embeds=row, pooled=pooled_row)
     run.accelerator.wait_for_everyone()
@@ -4325,38 +3847,22 @@ def prefetch(work: Callable[[Any], Any], places: Sequence[Any], workers: int) ->
 # ----------------------------------------------------------------------------------------------------------- optimizer
 
 
-def optimizer_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the optimizer is made with, besides its parameter groups."""
-    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return {
-        "adamw": {**adam, "fused": True},  # one launch for a thousand small tensors
-        "prodigy": {**adam, "beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple,  # arXiv:2306.06101
-                    "use_bias_correction": args.prodigy_use_bias_correction,
-                    "safeguard_warmup": args.prodigy_safeguard_warmup},
-        # arXiv:1804.04235, at the rate of the schedule instead of one of its own
-        "adafactor": {"eps": (1e-30, 1e-3), "scale_parameter": False, "relative_step": False, "warmup_init": False},
-        "schedule_free": {**adam, "warmup_steps": 0},  # arXiv:2405.15682; the schedule warms it up
-    }.get(args.optimizer, adam)
-
-
 def make_optimizer(args: argparse.Namespace, model: TrainableSDXL, samples_per_step: int) -> torch.optim.Optimizer:
     """Make the optimizer over the adapters, in named groups of one learning rate and weight decay."""
     kind, rules, groups = OPTIMIZERS[args.optimizer], block_rules(args.lora_unet_blocks), {}
-    finds_rate, scale = kind.name == "Prodigy", samples_per_step if args.scale_lr else 1
+    scale = samples_per_step if args.scale_lr else 1
     for name, parameter in model.adapters.items():
         label, rate, decay = choose_text(args).rate()
         if name.startswith("unet."):
             own = next((rule for rule in rules if rule.rate and name.startswith(f"unet.{rule.block}.")), None)
             label, rate = (f"unet/{own.block}", own.rate) if own else ("unet", args.learning_rate)
             decay = args.adam_weight_decay
-        if args.loraplus_lr_ratio and "lora_B" in name:  # LoRA+ (arXiv:2402.12354)
-            label, rate = f"{label}/B", rate * args.loraplus_lr_ratio
-        rate = args.learning_rate if finds_rate else rate * scale
+        rate = args.learning_rate if kind.finds_rate else rate * scale
         group = groups.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
     make = getattr(importlib.import_module(kind.module), kind.name)
-    optimizer = make(list(groups.values()), lr=args.learning_rate, **optimizer_keywords(args))
-    if kind.name == "AdamWScheduleFree":
+    optimizer = make(list(groups.values()), lr=args.learning_rate, **kind.keywords(args))
+    if kind.averages:
         optimizer.train()
     return optimizer
 
@@ -4379,8 +3885,8 @@ class EMA:
 
     mean: Sequence[Tensor] = ()  # what a resumed run needs
 
-    def update(self) -> None:
-        """Take a step into account."""
+    def update(self, step: int) -> None:
+        """Take a step into account; `step` others came before."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -4389,15 +3895,16 @@ class EMA:
 
 
 class MovingAverage(EMA):
-    """An exponential moving average of the adapters, in which a step counts half after half_life steps."""
+    """diffusers' exponential moving average of the adapters, whose decay after t steps is (1 + t) / (10 + t)."""
 
-    def __init__(self, adapters: Sequence[nn.Parameter], half_life: float) -> None:
-        self.adapters, self.decay = adapters, 0.5 ** (1 / half_life)
-        self.mean = [adapter.detach().clone() for adapter in adapters]
+    def __init__(self, adapters: Sequence[nn.Parameter]) -> None:
+        self.adapters, self.average = adapters, EMAModel(adapters, foreach=True)
+        self.mean = self.average.shadow_params
 
-    def update(self) -> None:
-        """Take a step into account."""
-        torch._foreach_lerp_(self.mean, [adapter.detach() for adapter in self.adapters], 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Take a step into account; `step` others came before."""
+        self.average.optimization_step = step
+        self.average.step(self.adapters)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -4421,13 +3928,6 @@ class ScheduleFreeAverage(EMA):
                 yield
             finally:
                 self.optimizer.train()
-
-
-def make_ema(args: argparse.Namespace, adapters: Sequence[nn.Parameter], optimizer: Any) -> EMA:
-    """Return what validation and files use."""
-    if args.use_ema:
-        return MovingAverage(adapters, args.ema_half_life)
-    return ScheduleFreeAverage(adapters, optimizer) if args.optimizer == "schedule_free" else EMA()
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -4499,8 +3999,12 @@ def make_state(run: Run, model: TrainableSDXL, schedule: Schedule, pictures: dic
         "the base model": Path(args.pretrained_model_name_or_path).name,  # its folder may have moved
         "the VAE": vae_name(args),
         "--gradient_accumulation_steps times processes": args.gradient_accumulation_steps * accelerator.num_processes}
-    return TrainingState(model, optimizer, lr_scheduler, accelerator.scaler,
-                         make_ema(args, list(model.adapters.values()), optimizer), settings, pictures)
+    adapters = list(model.adapters.values())
+    if args.use_ema:
+        ema = MovingAverage(adapters)
+    else:
+        ema = ScheduleFreeAverage(adapters, optimizer) if OPTIMIZERS[args.optimizer].averages else EMA()
+    return TrainingState(model, optimizer, lr_scheduler, accelerator.scaler, ema, settings, pictures)
 
 
 def vae_name(args: argparse.Namespace) -> str:
@@ -4539,7 +4043,12 @@ def restore(run: Run, state: TrainingState) -> int:
     """Resume on all ranks alike, and only then touch the output folder; return the step. Raises UserError."""
     step = resume(run.args.resume_from_checkpoint, run.output, state)
     check_alike(step, content_key(state.pictures))
-    open_output(run, step)
+    if run.accelerator.is_main_process:
+        run.output.mkdir(parents=True, exist_ok=True)
+        set_aside(run.output, step)
+        with atomic_write(run.output / CONFIG_FILE) as unfinished:
+            unfinished.write_text(yaml.safe_dump(public_settings(run.args, run.seed), allow_unicode=True),
+                                  encoding="utf-8")
     return step
 
 
@@ -4596,14 +4105,6 @@ def save_checkpoint(run: Run, state: TrainingState, step: int, total_steps: int)
         doomed = old.with_name(f".{old.name}.tmp")  # a run that is killed meanwhile leaves no half of a checkpoint
         old.replace(doomed)
         remove(doomed)
-
-
-def checkpoint_bytes(args: argparse.Namespace, model: TrainableSDXL, schedule: Schedule) -> int:
-    """Return the most that checkpoints and the LoRA take on the disk at once, the one being written included."""
-    adapters = sum(parameter.nbytes for parameter in model.adapters.values())
-    checkpoints = 1 + min(args.checkpoints_total_limit or math.inf, schedule.total_steps // args.checkpointing_steps)
-    state, files = OPTIMIZERS[args.optimizer].state_bytes + 4 * args.use_ema, 1 + args.output_kohya_format
-    return adapters * (files + checkpoints * (files + 1 + state / 4))
 
 
 BEFORE_TRAINING = ("Stopped before training began. What was encoded and generated is kept: the same command goes on "
@@ -4747,7 +4248,7 @@ def generate_class_images(run: Run) -> None:
         prompts = encode_prompts(run, [args.class_prompt], trained=False, dtype=dtype)
     if share:
         weights = [weights_fingerprint(run.base, part) for part in ("unet", *TEXT_ENCODERS)]
-        made_by = (*weights, run.seed, dtype, prompt, args.base_precision, args.clip_skip, dict(run.scheduler.config))
+        made_by = (*weights, run.seed, dtype, prompt, args.base_precision, dict(run.scheduler.config))
         keys = {path: content_key("class picture", index, *made_by) for index, path in share}
         cache = TensorCache(run.cache.folder)  # with counts of its own: these are removed once they are decoded
         generate_class_latents(run, cache, prompts, prompt, [(index, keys[path]) for index, path in share])
@@ -4826,7 +4327,7 @@ def save_validation(run: Run, step: int, pictures: list[tuple[int, Image.Image]]
     count = run.args.num_validation_images
     for index, image in pictures:
         save_picture(image, validation_folder(run.output, step) / f"{index:02d}.png", run.prompts[index // count].text)
-    with output_file(run.output / "progress.png") as unfinished:
+    with atomic_write(run.output / "progress.png") as unfinished:
         contact_sheet(run.output, [prompt.text for prompt in run.prompts], count).save(unfinished, format="PNG")
     for tracker in run.accelerator.trackers:
         track_pictures(tracker, [np.asarray(image) for _, image in pictures], step)
@@ -4882,10 +4383,7 @@ def chosen_trackers(args: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def trackers(run: Run) -> Iterator[None]:
-    """Start the trackers before anything expensive, without secrets, and finish them however the run ends.
-
-    Raises UserError for one that does not start; with --report_to all it is left out with a warning.
-    """
+    """Start the trackers before anything expensive, and finish them however the run ends."""
     exit_code = 0
     try:
         start_trackers(run)
@@ -4903,7 +4401,7 @@ def trackers(run: Run) -> Iterator[None]:
 
 
 def start_trackers(run: Run) -> None:
-    """Start each tracker of --report_to. Raises UserError."""
+    """Start each tracker of --report_to, without secrets. Raises UserError; `all` leaves out what does not start."""
     args, accelerator, started = run.args, run.accelerator, []
     folder = Path(args.output_dir, args.logging_dir)
     settings = {key: str(value) if isinstance(value, list) else value  # tensorboard takes no lists
@@ -4911,20 +4409,15 @@ def start_trackers(run: Run) -> None:
     if accelerator.is_main_process and accelerator.log_with:
         folder.mkdir(parents=True, exist_ok=True)
     for tracker in accelerator.log_with:
-        name = getattr(tracker, "value", tracker)
-        accelerator.log_with, accelerator.trackers = [tracker], []
+        accelerator.log_with, name = [tracker], getattr(tracker, "value", tracker)
         try:
             with hide_prints():
                 accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(folder)}})
-            started += accelerator.trackers
-        except Exception as error:  # trackers raise whatever they like
-            message = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
-            with suppress(Exception):  # it may have begun before it refused the settings, or not
-                finish_tracker(accelerator.trackers[0], 1)
-            accelerator.trackers = started
-            if args.report_to != "all":
-                raise UserError(f"--report_to {message}; or leave --report_to {name} out.") from error
-            warn("--report_to all: %s; it is left out.", message)
+        except Exception as error:
+            told = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
+            refuse(args.report_to != "all", f"--report_to {told}; or leave it out.")
+            warn("--report_to all: %s; it is left out.", told)
+        started += accelerator.trackers
     accelerator.trackers = started
 
 
@@ -5103,9 +4596,7 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
     is_last, title = folder == run.output, run.output.resolve().name
     # kohya's trainers write -step00000500; the folder has a name of its own until it is whole
     title += "" if is_last else f"-step{int(re.search(r'-([0-9]+)', folder.name)[1]):08d}"
-    # a checkpoint is made durable as a whole
-    write = functools.partial(write_lora, open_file=functools.partial(output_file, durable=True) if is_last
-                              else atomic_write)
+    write = functools.partial(write_lora, durable=is_last)  # a checkpoint is made durable as a whole
     diffusers_form = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     write(folder / LORA_FILE, diffusers_form, lora_metadata(model))
     embeddings = {key: rows.to(dtype) for key, rows in run.text.embeddings(model.text_encoders).items()}
@@ -5115,16 +4606,14 @@ def write_loras(run: Run, folder: Path, model: TrainableSDXL) -> None:
         scales, layers = model.scales(), model.unet.config.layers_per_block
         kohya_form = {**kohya_tensors(diffusers_form, scales, layers), **kohya_dora(model, layers)}
         write(folder / KOHYA_FILE, kohya_form, kohya_metadata(run, kohya_form, title))
-        check_kohya(folder / KOHYA_FILE, tensors, scales, layers, dtype)
 
 
-def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str],
-               open_file: Callable[..., AbstractContextManager[Path]] = atomic_write) -> None:
+def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], durable: bool = False) -> None:
     """Write a LoRA file, once what was written reads back as what was to be written. Raises TrainingError."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise TrainingError(f"the adapters are not finite; {path} was not written. A lower --learning_rate helps.")
     data = save(tensors, metadata)  # save_file makes files that only their owner can read
-    with open_file(path, size=len(data)) as unfinished:
+    with atomic_write(path, size=len(data), durable=durable) as unfinished:
         unfinished.write_bytes(data)
         with safe_open(unfinished, framework="pt") as file:
             same = set(file.keys()) == set(tensors) and file.metadata() == metadata
@@ -5132,28 +4621,6 @@ def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str],
                 raise TrainingError(f"{path} did not read back as it was written: is the disk failing?")
 
 
-def check_kohya(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], layers: int,
-                dtype: torch.dtype) -> None:
-    """Compare each module's down and scaled up in a web UI's file with the adapters' A and B. Raises TrainingError."""
-    found = {key: tensor.float() for key, tensor in load_file(path).items() if not key.endswith(".dora_scale")}
-    precision = torch.finfo(dtype)
-    for key in (key for key in tensors if key.endswith("lora_A.weight")):
-        module = key.removesuffix(".lora_A.weight")
-        stem = kohya_name(module, layers)
-        down, up = (found.pop(f"{stem}.lora_{name}.weight") for name in ("down", "up"))
-        theirs = up * (found.pop(f"{stem}.alpha") / len(down))
-        a, b = (tensors[name].to(dtype).float() for name in (key, key.replace("lora_A", "lora_B")))
-        near = {"rtol": 4 * precision.eps, "atol": 4 * precision.tiny * precision.eps}  # what folding scales in rounds
-        if not torch.equal(down, a) or not torch.allclose(theirs, b * scales[scale_name(module)], **near):
-            raise TrainingError(f"{path}: {stem} is not what was trained; please report this.")
-    if found:
-        raise TrainingError(f"{path} holds what belongs to no adapter, {next(iter(found))} first; please report this.")
-
-
-INIT_LORA_CURES = {
-    "dora_scale": "a web UI's file of DoRA cannot be read; use the diffusers file of the same run",
-    "lora_magnitude_vector": "add --use_dora", "text_encoder": "add --train_text_encoder",
-    "lora_te": "add --train_text_encoder"}
 
 
 def load_init_lora(path: Path, model: TrainableSDXL) -> None:
@@ -5163,19 +4630,24 @@ def load_init_lora(path: Path, model: TrainableSDXL) -> None:
     """
     try:
         tensors, scales = read_lora(path, model)
-        pairs = {"lora_A": "lora_B", "lora_B": "lora_A"}
-        alone = [name for name in tensors for one, other in pairs.items()
-                 if one in name and name.replace(one, other) not in tensors]
-        if alone or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise ValueError(f"{alone[0]} is alone" if alone else "its weights are not finite")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             re.error) as error:
         raise UserError(f"--init_lora {path} is damaged ({type(error).__name__}: {first_line(error)}).") from error
-    check_lora_fits(path, tensors, scales, model)
-    own = model.scales()
+    expected, own = lora_tensors(model), model.scales()
+    refuse(not scales, f"--init_lora {path} has no layer that this run trains, under the names of diffusers "
+           "(unet.*.lora_A.weight) or of web UIs (lora_unet_*.lora_down.weight).")
+    unknown = [name for name in tensors if name not in expected]
+    refuse(unknown, f"--init_lora {path} has {''.join(unknown[:1])}, which this run does not train; set the flags of "
+           "the run that made it: --train_text_encoder, --use_dora, --lora_layers, --lora_unet_blocks.")
+    lacking = [name for name in expected if name.split(".lora_")[0] in scales and name not in tensors]
+    refuse(lacking, f"--init_lora {path} is damaged, or a plain LoRA that needs no --use_dora: it lacks "
+           f"{''.join(lacking[:1])}.")
+    for name, tensor in tensors.items():
+        ranks = f"--rank {len(tensor)}" if name.endswith("lora_A.weight") else "its rank"
+        refuse(tensor.shape != expected[name].shape, f"--init_lora {path}: {name} is {tuple(tensor.shape)}, and in "
+               f"this run {tuple(expected[name].shape)}; use {ranks}, or another base model.")
     for module, scale in scales.items():
-        name = f"{module}.lora_B.weight"
-        tensors[name] = tensors[name] * (scale / own[scale_name(module)])
+        tensors[f"{module}.lora_B.weight"] *= scale / own[scale_name(module)]
     for component, part in model.adapted().items():
         middle = "" if component == "unet" or hasattr(part, "text_model") else "text_model."
         peft.set_peft_model_state_dict(part, {
@@ -5184,17 +4656,16 @@ def load_init_lora(path: Path, model: TrainableSDXL) -> None:
 
 
 def read_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return a LoRA file's tensors under the names of lora_tensors, unknown ones under their own.
-
-    Returns the scale of each module's B A, too. The file may be diffusers' or a web UI's.
+    """Return a LoRA file's tensors under the names of lora_tensors, unknown ones under their own, and the scale of
+    each module's B A. The file may be diffusers' or a web UI's. Raises ValueError if a number is not finite.
     """
     found = {name: tensor.float() for name, tensor in load_file(path).items()}  # float8 knows no isfinite
-    layers = model.unet.config.layers_per_block
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise ValueError("its weights are not finite")
     with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-    modules = [key.removesuffix(".lora_A.weight") for key in lora_tensors(model) if key.endswith(".lora_A.weight")]
-    tensors, scales, settings = {}, {}, json.loads(header)
-    for module in modules:
+        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    tensors, scales, layers = {}, {}, model.unet.config.layers_per_block
+    for module in (key.removesuffix(".lora_A.weight") for key in lora_tensors(model) if key.endswith("lora_A.weight")):
         stem, component = kohya_name(module, layers), module.partition(".")[0]
         if f"{stem}.lora_down.weight" in found:
             down, up = (found.pop(f"{stem}.lora_{name}.weight") for name in ("down", "up"))
@@ -5206,27 +4677,6 @@ def read_lora(path: Path, model: TrainableSDXL) -> tuple[dict[str, Tensor], dict
             alpha = next(own, settings.get(f"{component}.lora_alpha", rank))
             scales[module] = alpha / (rank**0.5 if settings.get(f"{component}.use_rslora") else rank)
     return {**tensors, **found}, scales
-
-
-def check_lora_fits(path: Path, tensors: dict[str, Tensor], scales: dict[str, float], model: TrainableSDXL) -> None:
-    """Check a LoRA file's tensors against the adapters that are trained. Raises UserError."""
-    expected = lora_tensors(model)
-    refuse(not scales, f"--init_lora {path} has no layer that this run trains, under the names of diffusers "
-           "(unet.*.lora_A.weight) or of web UIs (lora_unet_*.lora_down.weight).")
-    magnitudes = [f"{module}.lora_magnitude_vector" for module in scales]
-    refuse(any(name in expected and name not in tensors for name in magnitudes),
-           f"--init_lora {path} is a plain LoRA, without the magnitudes of DoRA; leave --use_dora out.")
-    for unknown in sorted(set(tensors) - set(expected)):
-        cure = next((cure for part, cure in INIT_LORA_CURES.items() if part in unknown),
-                    "choose --lora_layers and --lora_unet_blocks as it was trained")
-        if len(model.text_encoders) and cure == INIT_LORA_CURES["text_encoder"]:
-            cure = "in text encoders only the attention of the layers that SDXL reads can be trained"
-        raise UserError(f"--init_lora {path} has {unknown}, which this run does not train; {cure}.")
-    for name, tensor in tensors.items():
-        is_rank = name.endswith("lora_A.weight") and tensor.shape[1:] == expected[name].shape[1:]
-        cure = f"--rank {len(tensor)} fits, or that block's own rank" if is_rank else "it is of another model"
-        refuse(tensor.shape != expected[name].shape, f"--init_lora {path}: {name} is {tuple(tensor.shape)}, and in "
-               f"this run {tuple(expected[name].shape)}; {cure}.")
 
 
 # ------------------------------------------------------------------------------------------------- plan, card, and Hub
@@ -5260,7 +4710,7 @@ def plan_facts(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets:
     zero_snr = ", zero terminal SNR" * bool(config.get("rescale_betas_zero_snr"))
     predicts = f"; predicts velocity{zero_snr}" if config.prediction_type == "v_prediction" else ""
     batch, passes = schedule.samples_per_step, schedule.total_steps / schedule.steps_per_epoch
-    scale = batch if args.scale_lr and args.optimizer != "prodigy" else 1
+    scale = batch if args.scale_lr and not OPTIMIZERS[args.optimizer].finds_rate else 1
     facts = {
         "Subject": f'{run.pictures} picture{"s" * (run.pictures > 1)}, {wide} pixels wide and {high} high: '
                    f'"{prompts[0]}"{more}',
@@ -5309,7 +4759,7 @@ def print_summary(run: Run, step: int, loss: float, minutes: float, address: str
         ("LoRA", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("", f"{run.output / KOHYA_FILE} (for ComfyUI, A1111, Forge)" if run.args.output_kohya_format else ""),
         ("Pictures", f"{run.output / 'progress.png'}" if run.prompts else ""),
-        ("Card", f"{run.output / 'README.md'}"),
+        ("Card", f"{run.output / 'README.md'}" if (run.output / "README.md").exists() else ""),
         ("Hub", address)])
 
 
@@ -5355,8 +4805,7 @@ def usage(run: Run, place: str, prompt: str) -> str:
                   f'    pipeline.scheduler.config, prediction_type="v_prediction"{zero})']
     lines += [f'pipeline.to("cuda").load_lora_weights({place!r}, weight_name="{LORA_FILE}")',
               *run.text.usage(place, is_pushed=args.push_to_hub and place != str(run.output))]
-    skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
-    return "\n".join([*lines, f"image = pipeline({prompt!r}, num_inference_steps=25{skip}).images[0]"])
+    return "\n".join([*lines, f"image = pipeline({prompt!r}, num_inference_steps=25).images[0]"])
 
 
 def base_license(name: str) -> str | None:
@@ -5404,12 +4853,6 @@ TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd
         "stable-diffusion-xl-diffusers"]
 
 
-def table_rows(facts: dict[str, str]) -> str:
-    """Return rows of a Markdown table; prompts cannot break it."""
-    cells = {name: html.escape(" ".join(text.split())).replace("|", "&#124;") for name, text in facts.items()}
-    return "\n".join(f"| {name} | {text} |" for name, text in cells.items())
-
-
 def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts: dict[str, str]) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; return the pictures that it shows."""
     args, base, replace_words = run.args, run.args.pretrained_model_name_or_path, run.text.replace_words
@@ -5417,21 +4860,25 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts:
     trigger, prompts = replace_words(own or subject[0].prompt), [prompt.text for prompt in run.prompts]
     gallery = pictures_in(validation_folder(run.output, step), prompts, args.num_validation_images)
     data = ModelCardData(
-        license=base_license(base), library_name="diffusers", tags=TAGS + ["dora"] * args.use_dora,
+        license=base_license(base), library_name="diffusers", tags=[*TAGS, *choose_adapter(args).tags],
         instance_prompt=trigger,
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
         widget=[{"text": replace_words(prompts[i // args.num_validation_images]) or " ",
                  "output": {"url": path.relative_to(run.output).as_posix()}} for i, path in gallery.items()] or None)
     command = command_of(args, run.seed)
+    cells = {name: html.escape(" ".join(text.split())).replace("|", "&#124;")  # prompts cannot break the table
+             for name, text in {**facts, "Trained": f"{step} steps"}.items()}
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=run.pictures,
         trigger=" ".join(trigger.replace("`", "'").split()),  # a blank line would end the code, and begin markup
         usage=usage(run, repo, replace_words(prompts[0]) if prompts else trigger),
         webui=f"download `{KOHYA_FILE}` into the folder for LoRAs." if args.output_kohya_format else
         "this repository holds no file for them; `--output_kohya_format` writes one.",
-        facts=table_rows({**facts, "Trained": f"{step} steps"}), command=command,
+        facts="\n".join(f"| {name} | {text} |" for name, text in cells.items()), command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)))
-    with output_file(run.output / "README.md") as unfinished:
+    if os.path.lexists(run.output / "README.md"):  # came while the run lasted
+        warn("a README.md that this script did not write is now in %s.", move_aside(run.output, ["README.md"]))
+    with atomic_write(run.output / "README.md") as unfinished:
         unfinished.write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
     return list(gallery.values())
 

@@ -59,14 +59,11 @@ METHODS = {
     "debiased": {"loss_weighting": "debiased"},
     "huber": {"loss_type": "huber"},
     "noise offset": {"noise_offset": 0.05},
-    "logit-normal": {"timestep_bias": "logit-normal"},
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
-    "LoRA+": {"loraplus_lr_ratio": 16, "learning_rate": 2.5e-4},
-    "LoRA+, same rate": {"loraplus_lr_ratio": 16},
     "attention+ff": {"lora_layers": "attention+ff"},
     "full": {"lora_layers": "full"},
-    "EMA": {"use_ema": True, "ema_half_life": 20},
+    "EMA": {"use_ema": True},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1},
     "schedule-free": {"optimizer": "schedule_free"},
     "adafactor": {"optimizer": "adafactor"},
@@ -80,7 +77,8 @@ METHODS = {
     "base in nf4": {"base_precision": "nf4"},
 }
 REMOVED = ("prior dco", "p2", "smooth l1", "perturbation", "earlier", "later", "PiSSA", "OLoRA", "orthogonal",
-           "kaiming", "lion 8 bit", "lion 8 bit at 1e-4", "base in fp8")  # up to 3cef2f2: removed for what they show
+           "kaiming", "lion 8 bit", "lion 8 bit at 1e-4", "base in fp8",  # up to 3cef2f2: removed for what they show
+           "logit-normal", "LoRA+", "LoRA+, same rate")  # up to 1e5b301
 NO_FLAGS = ("pictures", "autocast")  # what this file does for a method
 PICTURED = ("plain", "prior pictures", "prior base_model", "text encoders", "debiased", "DoRA", "EMA", "prodigy")
 
@@ -323,7 +321,7 @@ drew them).
 
 {methods}
 
-The trainer has these no longer, as they were not better than what it keeps (measured with commit 3cef2f2):
+The trainer has these no longer, as they were not better than what it keeps (measured with commits up to 1e5b301):
 
 {removed}
 

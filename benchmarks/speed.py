@@ -1,7 +1,7 @@
 """Seconds of a training step on this machine, for one set of flags after another, in turns.
 
     python benchmarks/speed.py                                           # SDXL's size, random weights, 1024 px
-    python benchmarks/speed.py --base DIR --resolution 64 --flags= --flags=--torch_compile=regional
+    python benchmarks/speed.py --base DIR --resolution 64 --flags= --flags=--base_precision=int8
 
 Every set of flags runs its steps in a process of its own, which loads once (all must fit beside each other; on a card
 give one or two --flags at a time). The sets take turns, so that a busy machine is busy for all of them. Please send
@@ -25,8 +25,6 @@ SETS = [
     "",
     "--gradient_checkpointing=50",
     "--gradient_checkpointing",
-    "--torch_compile=regional",
-    "--torch_compile=full",
     "--base_precision=int8",
     "--base_precision=nf4",
     "--train_batch_size=4",

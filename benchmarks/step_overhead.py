@@ -46,11 +46,9 @@ EVERYTHING = [
     "--snr_gamma=5",
     "--loss_type=huber",
     "--noise_offset=0.05",
-    "--timestep_bias=logit-normal",
     "--random_flip",
     "--caption_dropout=0.1",
-    "--masked_loss",
-    f"--mask_dir={TOY / 'subjects' / 'sks_mug'}",  # any grey pictures of the same names
+    f"--masked_loss={TOY / 'subjects' / 'sks_mug'}",  # any grey pictures of the same names
     "--use_ema",
 ]
 

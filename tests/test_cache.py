@@ -115,7 +115,7 @@ def test_trap_13_an_edited_mask_encodes_its_picture_anew(train, pictures, tmp_pa
     masks.mkdir()
     for path in pictures.iterdir():
         Image.new("L", Image.open(path).size, 255).save(masks / path.name)
-    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True, "masked_loss": True, "mask_dir": masks}
+    flags = {"cache_latents_dir": tmp_path / "cache", "center_crop": True, "masked_loss": masks}
     train(**flags)
     mask = Image.open(masks / "3.png")
     mask.paste(0, (0, 0, mask.width // 2, mask.height))

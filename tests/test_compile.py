@@ -1,4 +1,4 @@
-"""torch.compile: by flag and by accelerate's configuration; it trains, validates, saves the same keys, resumes."""
+"""torch.compile, as accelerate is configured: it trains, validates, saves the same keys, resumes."""
 
 import shutil
 
@@ -57,7 +57,7 @@ def deep(tmp_path):
 
 
 def test_buckets_are_compiled_for_once_more_and_not_once_each(train, tmp_path, monkeypatch, pictures, deep):
-    """By the flag, then resumed with accelerate's configuration, to the same bits; the backend counts its graphs."""
+    """A run and a resumed one have the same bits; the backend counts its graphs."""
     counter, compile_, batch = CompileCounterWithBackend("aot_eager"), torch.compile, trainer.LatentDataset.batch
     backends, shapes, compiled = [], [], []
 
@@ -79,9 +79,10 @@ def test_buckets_are_compiled_for_once_more_and_not_once_each(train, tmp_path, m
         Image.open(pictures / "0.png").resize((width, 16)).save(folder / f"{width}.png")
     flags = {"pretrained_model_name_or_path": deep, "instance_data_dir": folder, "train_batch_size": 1}
     flags |= {"max_train_steps": 6, "checkpointing_steps": 3, "aspect_ratio_buckets": "16x16,32x16,48x16"}
-    whole = train(**flags, torch_compile="regional", output_dir=tmp_path / "whole")
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    whole = train(**flags, output_dir=tmp_path / "whole")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     reset_accelerate()
     resumed = train(**flags, output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-3")
     assert worst_difference(lora(whole), lora(resumed)) == 0
@@ -91,14 +92,18 @@ def test_buckets_are_compiled_for_once_more_and_not_once_each(train, tmp_path, m
 
 
 def test_only_the_repeated_blocks_are_compiled_regionally(train, monkeypatch):
-    run = trainer.start(train.args(torch_compile="regional"))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    run = trainer.start(train.args())
     compiled = [module for module in trainer.load_trainable(run).modules() if module._compiled_call_impl is not None]
     assert compiled and {type(module).__name__ for module in compiled} == {"BasicTransformerBlock"}
 
 
-def test_the_flag_compiles_with_inductor(train, tmp_path):
+def test_inductor_compiles(train, tmp_path, monkeypatch):
     assert shutil.which("g++") or shutil.which("clang++"), "inductor needs a C++ compiler on the CPU"
-    compiled = train(**FLAGS, torch_compile="regional", mixed_precision="bf16", output_dir=tmp_path / "compiled")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    compiled = train(**FLAGS, mixed_precision="bf16", output_dir=tmp_path / "compiled")
     assert all(torch.isfinite(tensor).all() and tensor.abs().max() > 0 for tensor in lora(compiled).values())
 
 

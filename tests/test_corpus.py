@@ -114,7 +114,6 @@ ZERO_IS_FINE = {
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
     "seed",
-    "clip_skip",
     "noise_offset",
     "min_timestep",
     "max_timestep",

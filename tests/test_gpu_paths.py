@@ -252,24 +252,6 @@ def test_convolutions_learn_as_peft_does(train):
 # ----------------------------------------------------------------------------------------------------- compilation
 
 
-def test_functions_that_dynamo_gives_up_are_counted(train, monkeypatch, capfd):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
-    trainer.load_trainable(trainer.start(train.args()))
-    assert trainer.graphs_compiled() == ""
-
-    def add(x, number):
-        return x + number
-
-    compiled = torch.compile(add, backend="eager", dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for number in range(6):
-            compiled(torch.ones(number + 1), float(number))
-    assert trainer.RECOMPILE_LIMIT.hits == 1
-    assert trainer.graphs_compiled() == "2 graphs; recompiled too often and run in eager mode: 1 functions"
-    assert "recompile_limit" not in capfd.readouterr().err
-    torch._dynamo.reset()
-
-
 def test_all_that_recompiles_together_stays_below_the_limit(train, tmp_path, monkeypatch, pictures, capsys):
     """Buckets, the base model's answers, validation, evaluation mode."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
@@ -281,106 +263,6 @@ def test_all_that_recompiles_together_stays_below_the_limit(train, tmp_path, mon
     flags = {"aspect_ratio_buckets": "16x16,32x16,48x16,64x16", "instance_data_dir": folder, "train_batch_size": 1}
     flags |= {"with_prior_preservation": True, "class_prompt": "a dog", "max_train_steps": 8}
     train(**flags, validation_prompt="a dog", num_validation_images=1, log_level="info")
-    assert trainer.RECOMPILE_LIMIT.hits == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Compiled")]
     assert 1 < int(line.split()[1]) < 20
     torch._dynamo.reset()
-
-
-# ----------------------------------------------------------------------------------------------------- CUDA graphs
-
-
-@pytest.fixture
-def recorded(monkeypatch) -> list[str]:
-    """A stand-in for CUDA graphs, which computes the step again on the tensors that it was recorded with."""
-    told = []
-
-    def capture(step, pool):
-        for _ in range(3):
-            step()
-        told.append("recorded")
-
-        def replay():
-            told.append("replayed")
-            return step()
-
-        return replay
-
-    monkeypatch.setattr(trainer, "capture_cuda_graph", capture)
-    monkeypatch.setattr(trainer, "graph_obstacle", lambda run: "")
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    return told
-
-
-GRAPHED = {  # flags, and how often a step is recorded
-    "plain": ({}, 1),
-    "accumulation": ({"gradient_accumulation_steps": 3}, 1),
-    "dropout": ({"lora_dropout": 0.3}, 1),
-    "prior": ({"with_prior_preservation": True, "class_prompt": "a dog"}, 1),
-    "text encoders": ({"train_text_encoder": True}, 1),
-    "buckets": ({"aspect_ratio_buckets": "16x16,16x24", "train_batch_size": 1, "max_train_steps": 10}, 2),
-    "offloaded": ({"gradient_checkpointing": True, "validation_prompt": "a dog", "validation_steps": 2}, 2),
-    "EMA, bf16": ({"use_ema": True, "mixed_precision": "bf16"}, 1),
-    "schedule-free": ({"optimizer": "schedule_free"}, 1),
-    "8 bits": ({"optimizer": "adamw8bit", "base_precision": "int8"}, 1),
-}
-
-
-@pytest.mark.parametrize("name", GRAPHED)
-def test_a_graph_gives_the_numbers_of_eager_mode(train, tmp_path, recorded, name):
-    flags, count = GRAPHED[name]
-    flags = {"max_train_steps": 4, "num_validation_images": 1, **flags}
-    eager = train(**flags, output_dir=tmp_path / "eager")
-    assert not recorded
-    graphed = train(**flags, cuda_graph=True, output_dir=tmp_path / "graph")
-    assert recorded.count("recorded") == count and recorded.count("replayed") >= 4
-    assert same(eager, graphed)
-    of_eager, of_graph = map(trainer.read_history, (eager, graphed))
-    assert [entry["loss"] for entry in of_eager] == [entry["loss"] for entry in of_graph]
-
-
-def test_a_graphed_run_resumes_exactly_and_may_go_on_without(train, tmp_path, recorded):
-    flags = {"max_train_steps": 6, "checkpointing_steps": 3}
-    whole = train(**flags, cuda_graph=True, output_dir=tmp_path / "whole")
-    for graphed in (True, False):
-        resumed = train(
-            **flags, cuda_graph=graphed, output_dir=tmp_path / str(graphed),
-            resume_from_checkpoint=whole / "checkpoint-3",
-        )  # fmt: skip
-        assert same(whole, resumed)
-
-
-def test_where_there_are_no_graphs_that_is_said(train, tmp_path, capsys):
-    eager = train(output_dir=tmp_path / "eager")
-    graphed = train(cuda_graph=True, output_dir=tmp_path / "graph")
-    assert "warning: --cuda_graph does nothing here: cpu has no CUDA graphs." in capsys.readouterr().out
-    assert same(eager, graphed)
-
-
-def test_what_stands_in_the_way_of_a_graph(train, monkeypatch):
-    cases = {
-        "combined with --use_dora": {"use_dora": True},
-        "combined with torch.compile": {"torch_compile": "regional"},
-        "with --lora_dropout reads the random state": {"lora_dropout": 0.1, "gradient_checkpointing": True},
-        "trained for a part of the steps only": {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
-        "": {"lora_dropout": 0.1},
-    }
-    for told, flags in cases.items():
-        run = trainer.start(train.args(**flags))
-        monkeypatch.setattr(type(run.accelerator), "device", torch.device("cuda"))
-        assert told in trainer.graph_obstacle(run) and bool(told) == bool(trainer.graph_obstacle(run))
-        monkeypatch.undo()
-
-
-def test_a_step_that_cannot_be_recorded_is_computed_as_usual(train, tmp_path, recorded, monkeypatch, capsys):
-    def capture(step, pool):
-        step()
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    eager = train(output_dir=tmp_path / "eager")
-    monkeypatch.setattr(trainer, "capture_cuda_graph", capture)
-    graphed = train(cuda_graph=True, output_dir=tmp_path / "graph")
-    assert same(eager, graphed)
-    assert "--cuda_graph: this step cannot be captured (operation not permitted when stream is" in (
-        capsys.readouterr().out
-    )

@@ -170,7 +170,6 @@ def test_trap_23_lean_adapters_give_pefts_gradients_without_its_casts(train, sca
     ):
         assert (ours.float() - right).norm() <= 1.05 * (theirs.float() - right).norm()
     assert all(gradient.dtype == torch.float32 for gradient in gradients(lean, torch.bfloat16)[1:])
-    torch.testing.assert_close(trainer.low_rank(output, x, a, b, scale), lean(output, x))
 
 
 @pytest.mark.parametrize("precision", ["auto", "nf4"])

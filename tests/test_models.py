@@ -124,7 +124,7 @@ def test_full_size_counts(run):
         encoder = PART_CLASSES["text_encoder"](text)
     trained = [p for p in unet.parameters() if p.requires_grad]
     assert len(trained) == 2 * 560 and round(sum(p.numel() for p in trained) / 1e6, 1) == 5.8
-    targets = re.compile(text_encoder_targets(encoder, 0))
+    targets = re.compile(text_encoder_targets(encoder))
     hit = [name for name, _ in encoder.named_modules() if targets.fullmatch(name)]
     assert len(hit) == 11 * 4 and not any("layers.11." in name for name in hit)
 

@@ -1,7 +1,6 @@
 """The table of an objective against diffusers' schedulers and the papers' formulas, in float64 and at both ends."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -168,39 +167,25 @@ def test_the_huber_schedule(rescale):
     assert deltas[-1] == pytest.approx(0.1, abs=0.01)
 
 
-DENSITIES = {
-    "uniform": lambda u: torch.ones_like(u),
-    "logit-normal": lambda u: torch.exp(-((u / (1 - u)).log() ** 2) / 2) / (math.sqrt(2 * math.pi) * u * (1 - u)),
-}
 
 
-@pytest.mark.parametrize("bias", DENSITIES)
 @pytest.mark.parametrize(("low", "high"), [(0, 999), (100, 899), (500, 500)])
-def test_timesteps_come_as_often_as_their_density_says(bias, low, high):
-    expected = DENSITIES[bias]((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
-    expected[:low] = expected[high + 1 :] = 0
-    share = expected / expected.sum()
-    if bias == "logit-normal":
-        cdf = trainer.logit_normal_cdf(1000, low, high)
-        ours = torch.diff(cdf, prepend=torch.zeros(1, dtype=torch.float64))
-        torch.testing.assert_close(ours, share, rtol=0.02, atol=2e-6)
-    objective = make_objective(DDPMScheduler(**SDXL), min_timestep=low, max_timestep=high, timestep_bias=bias)
+def test_all_timesteps_between_the_bounds_come_alike(low, high):
+    objective = make_objective(DDPMScheduler(**SDXL), min_timestep=low, max_timestep=high)
     rows, seen = batch(500, 500, [1.0] * 500), []
-    for seed in range(4):
+    for seed in range(40):
         torch.manual_seed(seed)
         diffusion_loss(lambda x, t, *rest: seen.append(t) or x, objective, rows)
-    seen = torch.cat(seen)
-    assert seen.min() >= low and seen.max() <= high
-    mean = float((torch.arange(1000) * share).sum())
-    assert abs(float(seen.float().mean()) - mean) < 25
+    counts = torch.bincount(torch.cat(seen), minlength=1000)
+    assert counts[:low].sum() == counts[high + 1:].sum() == 0 and counts[low:high + 1].min() > 0
+    mean = float((counts * torch.arange(1000)).sum() / counts.sum())
+    assert abs(mean - (low + high) / 2) < 10
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
 def test_by_default_all_timesteps_come(kind):
     objective = make_objective(kind(**(SDXL if kind is DDPMScheduler else {"sigma_data": 0.5})))
-    torch.manual_seed(0)
-    drawn = objective.sample_timesteps(100_000, torch.device("cpu"))
-    assert drawn.unique().tolist() == list(range(len(objective.table.a)))
+    assert objective.timesteps == range(len(objective.table.a))
 
 
 def batch(rows, instance_rows, weight):
@@ -282,9 +267,9 @@ def test_weighted_timesteps_beside_masks_and_class_rows_written_out(kind, weight
     torch.testing.assert_close(loss.total, (each[0] + each[1]) / 2 + 0.4 * (each[2] + each[3]) / 2)
 
 
-def test_the_huber_loss_turns_linear_where_its_flags_say():
+def test_the_huber_loss_turns_linear_where_the_paper_says():
     scheduler = DDPMScheduler(**SDXL)
-    objective = make_objective(scheduler, loss_type="huber", huber_c=0.3)
+    objective = make_objective(scheduler, loss_type="huber")
     rows, told = batch(8, 8, [1.0] * 8), []
     torch.manual_seed(13)
     loss = diffusion_loss(lambda x, t, text, ids: told.append(t) or torch.zeros_like(x), objective, rows)
@@ -292,7 +277,7 @@ def test_the_huber_loss_turns_linear_where_its_flags_say():
     torch.randn_like(rows.mean)
     noise = torch.randn_like(rows.mean)
     sigma = 1 / snr_of(scheduler)[told[0]].sqrt()
-    delta = (0.7 / (1 + sigma) ** 2 + 0.3).view(-1, 1, 1, 1).float()
+    delta = (0.9 / (1 + sigma) ** 2 + 0.1).view(-1, 1, 1, 1).float()
     torch.testing.assert_close(loss.rows, (2 * delta * ((noise**2 + delta**2).sqrt() - delta)).mean(dim=(1, 2, 3)))
 
 

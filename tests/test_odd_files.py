@@ -64,15 +64,12 @@ def test_profiles_of_other_modes(tmp_path):
     assert np.array_equal(trainer.load_picture(tmp_path / "i.png"), noise)
 
 
-def test_a_profile_that_cannot_be_used_is_said(train, tmp_path, capsys):
-    """It is broken, or for inks in a picture of light; the colours are then read as every viewer does."""
-    made = tmp_path / "made"
-    made.mkdir()
-    for name, profile in (("broken", b"no profile"), ("inks", icc.cmyk((140, 200, 190))), ("fine", icc.DISPLAY_P3)):
-        Image.new("RGB", (64, 64), GREEN).save(made / f"{name}.png", icc_profile=profile)
-    assert trainer.load_picture(made / "inks.png").getpixel((0, 0)) == GREEN
-    train(instance_data_dir=made, dry_run=True)
-    assert "broken.png, inks.png: the colour profile is broken or for another kind" in capsys.readouterr().out
+def test_a_profile_that_cannot_be_used_is_refused(train, tmp_path):
+    """It is broken, or for inks in a picture of light."""
+    for name, profile in (("broken", b"no profile"), ("inks", icc.cmyk((140, 200, 190)))):
+        Image.new("RGB", (64, 64), GREEN).save(tmp_path / f"{name}.png", icc_profile=profile)
+    with pytest.raises(trainer.UserError, match="broken.png' .its colour profile cannot be used .*inks.png' .its"):
+        train.args(instance_data_dir=tmp_path)
 
 
 def test_bit_depth_is_a_matter_of_the_file_not_of_its_brightest_pixel(tmp_path):
@@ -103,31 +100,16 @@ def adobe_exif(path: Path) -> None:
     Image.new("RGB", (16, 16), GREEN).save(path, exif=exif)
 
 
-def bmp_profile(path: Path) -> None:
-    """A BMP with the fifth version's header, which names an embedded profile."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), GREEN).save(buffer, "BMP")
-    old = buffer.getvalue()
-    header = struct.pack("<I", 124) + old[18:54] + bytes(16) + b"DEBM" + bytes(64)
-    path.write_bytes(old[:10] + struct.pack("<I", 14 + 124) + header + old[54:])
-
-
 REFUSED = {
-    "float.tif": ("floating-point", lambda path: Image.new("F", (4, 4), 0.5).save(path)),
-    "signed.tif": ("signed or floating", lambda path: Image.new("I", (4, 4), 70_000).save(path)),
-    "linear.png": ("its gamma is 1;", lambda path: write_with_chunk(path, b"gAMA", points(1.0))),
-    "wide.png": (
-        "its primaries are others",
-        lambda path: write_with_chunk(path, b"cHRM", points(0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)),
+    "float.tif": ("no whole numbers", lambda path: Image.new("F", (4, 4), 0.5).save(path)),
+    "signed.tif": ("no whole numbers", lambda path: Image.new("I", (4, 4), 70_000).save(path)),
+    "linear.png": ("a gamma of 1,", lambda path: write_with_chunk(path, b"gAMA", points(1.0))),
+    "hdr.png": (
+        "the primaries 9 and transfer function 16",
+        lambda path: write_with_chunk(path, b"cICP", bytes((9, 16, 0, 1))),
     ),
-    "hdr.png": ("are 9 and 16 of ITU-T", lambda path: write_with_chunk(path, b"cICP", bytes((9, 16, 0, 1)))),
-    "p3.png": ("are 12 and 13 of ITU-T", lambda path: write_with_chunk(path, b"cICP", bytes((12, 13, 0, 1)))),
-    "adobe.jpg": ("its EXIF says Adobe RGB", adobe_exif),
-    "p3.tif": (
-        "its primaries are others",
-        lambda path: Image.new("RGB", (4, 4)).save(path, tiffinfo={319: (0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}),
-    ),
-    "profile.bmp": ("it has a transfer function or primaries of its own", bmp_profile),
+    "p3.png": ("the primaries 12", lambda path: write_with_chunk(path, b"cICP", bytes((12, 13, 0, 1)))),
+    "adobe.jpg": ("Adobe RGB", adobe_exif),
 }
 
 
@@ -135,7 +117,7 @@ REFUSED = {
 def test_what_cannot_be_honoured_is_refused_by_name(train, tmp_path, name):
     told, write = REFUSED[name]
     write(tmp_path / name)
-    with pytest.raises(trainer.UserError, match=rf"{name}' \(.*{told}.*convert it to 8-bit sRGB"):
+    with pytest.raises(trainer.UserError, match=rf"{name}' \(.*{told}.*convert it to .*sRGB"):
         train.args(instance_data_dir=tmp_path)
 
 
@@ -156,7 +138,7 @@ def test_an_avif_of_wide_colours_is_refused(tmp_path):
     Image.new("RGB", (16, 16), GREEN).save(path, quality=100)
     assert near(trainer.load_picture(path).getpixel((0, 0)), GREEN)
     path.write_bytes(path.read_bytes().replace(b"colrnclx\0\x01\0\x0d", b"colrnclx\0\x09\0\x10"))
-    with pytest.raises(ValueError, match="are 9 and 16 of ITU-T"):
+    with pytest.raises(ValueError, match="primaries 9 and transfer function 16"):
         trainer.load_picture(path)
 
 
@@ -207,7 +189,7 @@ def test_names_in_composed_and_decomposed_unicode(train, tmp_path, form):
     caption = made / f"{unicodedata.normalize(other, stem)}.txt"
     caption.write_text("beside")
     assert set(prompts(train, made).values()) == {"beside"}
-    args = train.args(instance_data_dir=made, masked_loss=True, mask_dir=masks)
+    args = train.args(instance_data_dir=made, masked_loss=masks)
     assert trainer.load_mask(args, trainer.instance_samples(args)[0].path).getextrema() == (7, 7)
     line = {"file_name": unicodedata.normalize(other, f"{stem}.png"), "text": "in the table"}
     (made / "metadata.jsonl").write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
@@ -254,7 +236,7 @@ def test_masks_beside_the_pictures_are_used(train, masked, tmp_path, capsys):
     elsewhere.mkdir()
     for name in MASKS[:3]:
         (masked / name).rename(elsewhere / name)
-    args = train.args(instance_data_dir=masked, masked_loss=True, mask_dir=elsewhere)
+    args = train.args(instance_data_dir=masked, masked_loss=elsewhere)
     assert all(trainer.load_mask(args, sample.path) for sample in trainer.instance_samples(args))
     (masked / "0-condlabel.png").unlink()
     Image.new("L", (10, 99)).save(masked / "0_mask.png")
@@ -263,7 +245,7 @@ def test_masks_beside_the_pictures_are_used(train, masked, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["mask_0.png", "0.png.mask.png", "0.mask.jpg", "0_masks.png", "masks/0.png", "mask/0_mask.png"]
+    "name", ["mask_0.png", "0.png.mask.png", "0.mask.jpg", "0_masks.png", "masks/0.png"]
 )
 def test_other_names_of_masks(train, folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
@@ -285,48 +267,25 @@ def test_masks_of_other_programs(train, folder, tmp_path):
         clear.putalpha(half)
         clear.save(masks / name)
     half.point(lambda value: value // 255).save(masks / "2.png")
-    args = train.args(instance_data_dir=folder, masked_loss=True, mask_dir=masks)
+    args = train.args(instance_data_dir=folder, masked_loss=masks)
     for sample in trainer.instance_samples(args):
         mask = trainer.load_mask(args, sample.path)
         assert mask.getpixel((3, 5)) == 255 and mask.getpixel((25, 5)) == 0
 
 
 def test_a_mask_is_no_colour(train, folder, tmp_path):
-    """A gamma of 1 changes nothing, and PASCAL VOC's palette numbers objects: 0 is the background."""
+    """A gamma of 1 changes nothing."""
     masks = tmp_path / "masks"
     masks.mkdir()
     write_with_chunk(masks / "0.png", b"gAMA", points(1.0))
-    half = Image.new("P", (30, 20), 0)
-    half.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 128])
-    half.paste(1, (0, 0, 8, 20))
-    half.paste(2, (8, 0, 15, 20))
-    half.save(masks / "1.png")
-    plain = Image.new("P", (30, 20), 1)
-    plain.putpalette([255, 255, 255, 0, 0, 0])
-    plain.paste(0, (0, 0, 15, 20))
-    plain.save(masks / "2.png")
     for name in ("1.png", "2.png"):
-        mask = trainer.read_mask(masks / name)
-        assert mask.getpixel((3, 5)) == mask.getpixel((12, 5)) == 255 and mask.getpixel((25, 5)) == 0
+        Image.new("L", (30, 20), 9).save(masks / name)
     (folder / "0.png").unlink()
     Image.new("RGB", (20, 20), "red").save(folder / "0.png")
-    train.args(instance_data_dir=folder, masked_loss=True, mask_dir=masks)
+    train.args(instance_data_dir=folder, masked_loss=masks)
     Image.new("F", (20, 20), 0.5).save(masks / "0.tif")
-    with pytest.raises(trainer.UserError, match="0.tif' .its pixels are signed or floating-point"):
-        train.args(instance_data_dir=folder, masked_loss=True, mask_dir=masks)
-
-
-def test_names_that_differ_by_capitals_alone(train, tmp_path):
-    for stem in ("IMG", "img"):
-        Image.new("RGB", (30, 20), "red").save(tmp_path / f"{stem}.png")
-        (tmp_path / f"{stem}.txt").write_text(stem)
-        Image.new("L", (30, 20), {"IMG": 200, "img": 100}[stem]).save(tmp_path / f"{stem}_mask.png")
-    assert prompts(train, tmp_path) == {"IMG.png": "IMG", "img.png": "img"}
-    args = train.args(instance_data_dir=tmp_path, masked_loss=True)
-    levels = {path.stem: trainer.load_mask(args, path).getextrema()[0] for path in sorted(tmp_path.glob("???.png"))}
-    assert levels == {"IMG": 200, "img": 100}
-    (tmp_path / "IMG.txt").unlink()
-    assert prompts(train, tmp_path) == {"IMG.png": "img", "img.png": "img"}
+    with pytest.raises(trainer.UserError, match="0.tif' .its pixels are no whole numbers"):
+        train.args(instance_data_dir=folder, masked_loss=masks)
 
 
 def test_a_transparent_grey_keeps_its_profile(tmp_path):
@@ -463,7 +422,7 @@ def test_data_sets_with_holes_and_several_captions(train, folder, tmp_path, caps
 def test_a_data_set_without_a_train_split(train, folder, tmp_path):
     source = dataset(tmp_path / "set", "test.parquet", image=[str(folder / "0.png")])
     flags = {"instance_data_dir": None, "dataset_name": source, "max_train_steps": 1}
-    with pytest.raises(trainer.UserError, match="has no split train; name one with --dataset_split: test"):
+    with pytest.raises(trainer.UserError, match="Bad split: train. Available splits: .'test'"):
         train(**flags)
     train(**flags, dataset_split="test")
 
@@ -471,13 +430,13 @@ def test_a_data_set_without_a_train_split(train, folder, tmp_path):
 def test_vaes_of_other_classes_are_refused(train, tiny, tmp_path, capsys):
     flag = "pretrained_vae_model_name_or_path"
     AutoencoderTiny().save_pretrained(tmp_path / "taesd")
-    with pytest.raises(trainer.UserError, match="taesd is of the class AutoencoderTiny; only an AutoencoderKL with 4"):
-        train.args(**{flag: tmp_path / "taesd"})
+    with pytest.raises(trainer.UserError, match="taesd is a AutoencoderTiny .*; only an AutoencoderKL with 4"):
+        trainer.start(train.args(**{flag: tmp_path / "taesd"}))
     shapes = {"block_out_channels": (4,), "norm_num_groups": 1, "sample_size": 8}
     AutoencoderKL(latent_channels=16, **shapes).save_pretrained(tmp_path / "flux")
     with pytest.raises(trainer.UserError, match="AutoencoderKL with 16 latent channels"):
-        train.args(**{flag: tmp_path / "flux"})
-    with pytest.raises(trainer.UserError, match=f"has no config.json; name {tiny / 'vae'}"):
+        trainer.start(train.args(**{flag: tmp_path / "flux"}))
+    with pytest.raises(trainer.UserError, match="has no config.json"):
         train.args(**{flag: tiny})
     other = trainer.load_part(trainer.Source(str(tiny)), "vae", torch.float32)
     other.register_to_config(scaling_factor=0.3)
@@ -491,8 +450,8 @@ def test_a_base_model_with_another_vae_or_without_some_weights_is_refused(train,
         shutil.copytree(tiny, tmp_path / name)
     shutil.rmtree(tmp_path / "taesd" / "vae")
     AutoencoderTiny().save_pretrained(tmp_path / "taesd" / "vae")
-    with pytest.raises(trainer.UserError, match="of the class AutoencoderTiny"):
-        train.args(pretrained_model_name_or_path=tmp_path / "taesd")
+    with pytest.raises(trainer.UserError, match="is a AutoencoderTiny"):
+        trainer.start(train.args(pretrained_model_name_or_path=tmp_path / "taesd"))
     weights = tmp_path / "bare" / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
     first = min(tensors)

@@ -66,15 +66,15 @@ def shared(tmp_path_factory) -> dict[str, Path]:
 
 def at_step(patch, number: int, act) -> None:
     """Do something in the middle of a step, between its gradients and its update."""
-    real, looks = trainer.GradientWatch.check, []
+    real, looks = trainer.share_gradients, []
 
-    def look(watch) -> None:
-        looks.append(watch)
+    def look(*arguments) -> None:
+        looks.append(arguments)
         if len(looks) == number:
             act()
-        real(watch)
+        real(*arguments)
 
-    patch.setattr(trainer.GradientWatch, "check", look)
+    patch.setattr(trainer, "share_gradients", look)
 
 
 def stop_in_the_middle(train, patch, how: str, **flags) -> None:

@@ -38,7 +38,7 @@ def load_tokens(pipeline, folder, tokens) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("average", [{}, {"use_ema": True, "ema_half_life": 2}])
+@pytest.mark.parametrize("average", [{}, {"use_ema": True}])
 def test_pivotal_tuning_draws_what_a_user_draws(train, tiny, tmp_path, share, average):
     flags = {**TI, **average, "train_text_encoder_frac": share, "validation_prompt": "TOK dog on grass"}
     flags |= {"num_validation_images": 1, "max_train_steps": 6, "checkpointing_steps": 3, "output_kohya_format": True}
@@ -80,13 +80,13 @@ def test_only_the_new_rows_change(train):
 
 
 def test_tokens_begin_as_a_concept_or_at_random(train):
-    run = trainer.start(train.args(**TI, initializer_concept="red dog", num_new_tokens_per_abstraction=3))
+    run = trainer.start(train.args(**TI, initializer_concept="red dog"))
     tokenizer = trainer.load_part(run.base, "tokenizer")
     ids = tokenizer("red dog", add_special_tokens=False).input_ids
     for encoder in trainer.load_trainable(run).text_encoders:
         embedding = encoder.get_input_embeddings()
         known = embedding.known.weight
-        assert torch.equal(embedding.rows, known[[ids[0], ids[1], ids[0]]])
+        assert torch.equal(embedding.rows, known[ids])
     for encoder in trainer.load_trainable(trainer.start(train.args(**TI))).text_encoders:
         embedding = encoder.get_input_embeddings()
         assert embedding.rows.std().item() == pytest.approx(float(embedding.known.weight.std()), rel=0.5)
@@ -153,17 +153,6 @@ def test_frozen_encoders_leave_the_device(train):
     assert trained and all(name.startswith("unet.") for name in trained)
 
 
-@pytest.mark.parametrize("encoders", [False, True])
-def test_clip_skip_is_diffusers_clip_skip(train, tiny, encoders):
-    flags = {"clip_skip": 1, "validation_prompt": "a dog", "num_validation_images": 1, "text_encoder_lr": 1e-2}
-    output = train(**flags, train_text_encoder=encoders)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny)
-    pipeline.load_lora_weights(output, weight_name=trainer.LORA_FILE)
-    assert picture(output, 2) == drawn_by_a_user(pipeline, "a dog", clip_skip=1)
-    assert picture(output, 2) != drawn_by_a_user(pipeline, "a dog")
-    assert "clip_skip=1" in (output / "README.md").read_text()
-
-
 def test_the_prompt_is_pooled_at_its_end_as_in_web_uis(train, tiny, tmp_path):
     """SDXL's configuration has eos_token_id 2, with which transformers pools at the highest id: a new token."""
     base = tmp_path / "base"
@@ -188,10 +177,10 @@ def test_only_whole_words_are_new_tokens(train):
 
 def test_flags_that_will_do_nothing_are_told(train, capsys):
     train.args(
-        train_text_encoder_frac=0.5, token_lr=0.1, ema_half_life=3, optimizer="prodigy", learning_rate=1, scale_lr=True
+        train_text_encoder_frac=0.5, token_lr=0.1, optimizer="prodigy", learning_rate=1, scale_lr=True
     )
     told = capsys.readouterr().out
-    for flag in ("train_text_encoder_frac", "token_lr", "ema_half_life", "scale_lr"):
+    for flag in ("train_text_encoder_frac", "token_lr", "scale_lr"):
         assert f"--{flag} does nothing with" in told
     train.args()
     assert capsys.readouterr().out == ""

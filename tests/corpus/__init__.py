@@ -141,7 +141,7 @@ PICTURES = [
     *(Case(f"EXIF orientation {i}", one("a.jpg", turned(i)), FINE) for i in range(1, 9)),
     Case("EXIF orientation 6 of a TIFF", one("a.tiff", turned(6, "TIFF")), FINE),
     Case("EXIF orientation 9, which is none", one("a.jpg", turned(9)), FINE),
-    Case("corrupt ICC profile", one("a.png", encoded(icc_profile=b"no profile at all")), FINE),
+    Case("corrupt ICC profile", one("a.png", encoded(icc_profile=b"no profile at all")), CANNOT + "colour profile"),
     Case("unreadable", placed(unreadable), CANNOT + r"a\.png"),
     Case("a folder named a.png", placed(lambda folder: (folder / "a.png").mkdir()), FINE),
     Case(
@@ -376,9 +376,9 @@ BASES = [
     ),
     Case("no tokenizer", base(lambda m: shutil.rmtree(m / "tokenizer")), "tokenizer of", True),
     Case("no scheduler", base(lambda m: shutil.rmtree(m / "scheduler")), f"{BASE} .* cannot be loaded", True),
-    Case("a broken index", base(lambda m: (m / "model_index.json").write_text("{")), "no readable model_index.json"),
-    Case("an index that is a list", base(lambda m: (m / "model_index.json").write_text("[]")), "file without keys"),
-    Case("no index", base(lambda m: (m / "model_index.json").unlink()), "no readable model_index.json"),
+    Case("a broken index", base(lambda m: (m / "model_index.json").write_text("{")), "without a whole model_index.json"),
+    Case("an index that is a list", base(lambda m: (m / "model_index.json").write_text("[]")), "without a whole model_index.json"),
+    Case("no index", base(lambda m: (m / "model_index.json").unlink()), "without a whole model_index.json"),
     Case("Stable Diffusion 1.5", other_model, "StableDiffusionPipeline, not SDXL"),
     Case("a name that is no id", lambda folder, stock: {"pretrained_model_name_or_path": "sdxl"}, "no Hub id"),
     Case("a scheduler of flow matching", base(flow_matching), "predicts 'None' with FlowMatch", True),
@@ -386,12 +386,6 @@ BASES = [
         "a scheduler of flow matching, overridden",
         lambda f, s: {**base(flow_matching)(f, s), "prediction_type": "epsilon"},
         "FlowMatch",
-        True,
-    ),
-    Case(
-        "more layers skipped than there are",
-        lambda folder, stock: {"clip_skip": 9},
-        "--clip_skip 9 is too much for the text_encoder",
         True,
     ),
     Case(
@@ -502,9 +496,9 @@ FLAGS = [
     Case("buckets between eights", flags(aspect_ratio_buckets="1024x1020"), "each side a multiple of 8"),
     Case("a validation size between eights", flags(validation_prompt="a --w 20"), "--w: '20' is not a multiple of 8"),
     Case("no file of prompts", flags(validation_prompt="nowhere.txt"), "--validation_prompt nowhere.txt: no such file"),
-    Case("no folder of masks", flags(masked_loss=True, mask_dir="nowhere"), "--mask_dir nowhere: no such folder"),
+    Case("no folder of masks", flags(masked_loss="nowhere"), "--masked_loss nowhere: no such folder"),
     Case("masks without any", flags(masked_loss=True), "--masked_loss finds no mask"),
-    Case("a data set and a folder", flags(dataset_name="a/b"), "exclude each other"),
+    Case("a data set and a folder", flags(dataset_name="a/b"), "give one of the two"),
     Case("a tracker of nobody", flags(report_to="nobody"), "--report_to: invalid choice"),
     Case("a type of nobody", flags(lora_dtype="fp8"), "--lora_dtype: invalid choice"),
     Case("a resolution between eights", flags(resolution=20), "--resolution 20 is not a multiple of 8; 24 is"),
@@ -531,7 +525,7 @@ FLAGS = [
     Case("an output folder among the pictures", beside_class("output_dir", ""), "--output_dir .* is in --instance_data"),
     Case("class pictures among the subject's", beside_class("class_data_dir", ""), "--class_data_dir .* is in"),
     Case("class pictures below the subject's", beside_class("class_data_dir", "class", recursive=True), "is in --inst"),
-    Case("masks below the pictures", beside_class("mask_dir", "masks", recursive=True), "--mask_dir .* is in"),
+    Case("masks below the pictures", beside_class("masked_loss", "masks", recursive=True), "--masked_loss .* is in"),
     Case("class pictures below, not looked for", beside_class("class_data_dir", "class"), FINE),
     Case("an empty prompt", flags(instance_prompt=""), FINE),
     Case("a prompt of a thousand words", flags(instance_prompt="dog " * 1000), FINE, True),
@@ -551,7 +545,7 @@ def single_file(keys: list[str], cut: int = 0) -> Callable[[Path, Stock], dict]:
 
 
 SINGLE_FILES = [
-    Case("a LoRA", single_file(["lora_unet_x.lora_up.weight"]), "is not a whole model of SDXL, as it lacks model"),
+    Case("a LoRA", single_file(["lora_unet_x.lora_up.weight"]), "is no whole SDXL, as it lacks model"),
     Case("a UNet alone", single_file(["model.diffusion_model.input_blocks.0.0.weight"]), "lacks first_stage_model"),
     Case("a cut file", single_file(["model.diffusion_model.input_blocks.0.0.weight"], 4), "is cut off"),
     Case("no tensors", single_file([]), "is cut off or no safetensors file"),
@@ -562,11 +556,6 @@ CRAFTS = [
         "contradiction of optimizer and text_encoder_lr and train_text_encoder",
         flags(optimizer="prodigy", train_text_encoder=True, text_encoder_lr=0.001),
         "--text_encoder_lr sets another",
-    ),
-    Case(
-        "contradiction of loraplus_lr_ratio and optimizer",
-        flags(optimizer="prodigy", loraplus_lr_ratio=4),
-        "--loraplus_lr_ratio sets another",
     ),
     Case(
         "contradiction of lora_unet_blocks and optimizer",
@@ -682,7 +671,6 @@ CRAFTS = [
     ),
     Case("value of optimizer", flags(optimizer="sgd"), "--optimizer: invalid choice: 'sgd'"),
     Case("value of steps_per_image", flags(steps_per_image=5), "--steps_per_image and --max_train_steps both"),
-    Case("value of timestep_bias", flags(timestep_bias="middle"), "--timestep_bias: invalid choice"),
     Case("a rate of nothing", flags(lora_unet_blocks="mid_block=4:0"), "is not BLOCK, BLOCK=RANK"),
     Case("a rate with two points", flags(lora_unet_blocks="mid_block=4:1.2.3"), "is not BLOCK, BLOCK=RANK"),
     Case(
