@@ -4414,6 +4414,9 @@ def start_trackers(run: Run) -> None:
             with hide_prints():
                 accelerator.init_trackers("dreambooth-lora-sdxl", settings, {"wandb": {"dir": str(folder)}})
         except Exception as error:
+            with suppress(Exception):  # it may have begun before it refused the settings, or not
+                finish_tracker(accelerator.trackers[0], 1)
+            accelerator.trackers = []
             told = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
             refuse(args.report_to != "all", f"--report_to {told}; or leave it out.")
             warn("--report_to all: %s; it is left out.", told)

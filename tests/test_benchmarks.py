@@ -12,7 +12,7 @@ from conftest import ROOT
 TOY = ROOT / "examples" / "toy_world" / "model"
 SHORT = {
     "learning.py": "--methods untrained plain --subjects sks_dog --max_train_steps 2 --pictures 1 --out {}",
-    "crafts.py": "--methods fp16 --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
+    "crafts.py": "--methods EMA --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
     "step_overhead.py": "--pairs 2",
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",
@@ -57,6 +57,14 @@ def test_a_benchmark_runs(name, tmp_path):
     assert re.search(r"\d %|\d GB|\d s a step|no trace|\| +\d", told.stdout)
     if name == "launches.py":  # what the adapters add is cut by at least half
         assert int(re.search(r"\((\d+) %\)", told.stdout)[1]) <= 50
+
+
+@pytest.mark.parametrize("autocast", ["0", "1"])
+def test_the_trainer_in_fp16_on_a_cpu(train, autocast):
+    script, words = ROOT / "benchmarks" / "half_precision.py", train.words(mixed_precision="fp16", max_train_steps=1)
+    told = subprocess.run([sys.executable, script, *words], capture_output=True, text=True,
+                          env={**os.environ, "AUTOCAST": autocast})  # fmt: skip
+    assert told.returncode == 0, told.stderr
 
 
 def test_the_tables_of_methods_are_what_was_found(tmp_path):

@@ -173,6 +173,7 @@ def test_links_lead_somewhere(page):
 def test_flags_that_the_pages_name_exist():
     known = {option for action in trainer.make_parser()._actions for option in action.option_strings}
     others = {"--quiet", "--methods", "--measure", "--kills", "--budget", "--collect", "--machine_rank"}
+    others |= {"--dynamo_mode", "--dynamo_use_regional_compilation"}  # of accelerate launch
     for page in PAGES:
         named = set(re.findall(r"`(?:python [^`]*)?(--[a-z_0-9]+)", (ROOT / page).read_text(encoding="utf-8")))
         assert named <= known | others, (page, named - known)
