@@ -368,7 +368,7 @@ LORA_LAYERS = {  # by the ends of their names
 LOSS_TYPES = ("l2", "huber")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PATH_FLAGS = ("config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config",
+PATH_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config",
               "cache_dir", "instance_data_dir", "dataset_name", "class_data_dir", "masked_loss", "cache_latents_dir",
               "output_dir", "logging_dir", "resume_from_checkpoint", "init_lora")
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
@@ -410,7 +410,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     """Make the parser of the command line; one entry a flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="accelerate launch train_dreambooth_lora_sdxl.py FLAGS")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it")
+    parser.add_argument("--config", metavar="FILE", nargs="+", action="extend",
+                        help="YAML files of flags; later ones override earlier ones, and the command line all")
 
     add = parser.add_argument_group("base model").add_argument
     add(BASE_FLAG, metavar="ID|DIR|FILE", help="SDXL: Hub id, diffusers folder or .safetensors file (required)")
@@ -631,23 +632,26 @@ def parse_args(argv: Sequence[str] | None = None, with_weights: bool = True) -> 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
+    early.add_argument("--config", nargs="+", action="extend", default=[])
     early.add_argument("--output_dir")
-    parser, (known, _) = make_parser(), early.parse_known_args(argv)
-    config = Path(expand_path("config", known.config)) if known.config else None
-    words = config_as_words(parser, str(config)) if config else []
-    if any(word.split("=")[0] == "--validation_prompt" for word in argv):  # replaces the file's, adds nothing
-        words = [word for word in words if not word.startswith("--validation_prompt=")]
-    args, unknown = parser.parse_known_args(words + argv)
+    parser, (known, _), words = make_parser(), early.parse_known_args(argv), []
+    configs = [expand_path("config", path) for path in known.config]
+    for more in (*(config_as_words(parser, path) for path in configs), argv):
+        if any(word.split("=")[0] == "--validation_prompt" for word in more):  # replaces the earlier ones
+            words = [word for word in words if not word.startswith("--validation_prompt=")]
+        words += more
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         parser.refuse_unknown(unknown, "the command line")
     for flag in PATH_FLAGS:
         refuse(getattr(args, flag) == "", f"--{flag} is empty: is a variable of the shell not set?")
         if isinstance(getattr(args, flag), str):
             setattr(args, flag, expand_path(flag, getattr(args, flag)))
-    if config and config.name == CONFIG_FILE and not known.output_dir and list_checkpoints(config.parent):
-        refuse(config.parent.resolve() != Path(args.output_dir).resolve(), f"--config {config} is of a run, but says "
-               f"--output_dir {args.output_dir}: was its folder moved? Add --output_dir with the one that is meant.")
+    for config in map(Path, configs if not known.output_dir else ()):
+        is_run = config.name == CONFIG_FILE and list_checkpoints(config.parent)
+        refuse(is_run and config.parent.resolve() != Path(args.output_dir).resolve(), f"--config {config} is of a "
+               f"run, but says --output_dir {args.output_dir}: was its folder moved? Add --output_dir with the one "
+               "that is meant.")
     if str(args.resume_from_checkpoint).lower() in ("latest", "last"):
         args.resume_from_checkpoint = "latest"
     if args.use_8bit_adam and args.optimizer == "adamw":  # a synonym has one name from here on

@@ -2,14 +2,17 @@
 
     python tools/report.py lora-sks-dog
 
-It reads the output folder alone: training_config.yaml, history.jsonl, validation/, progress.png and README.md.
+It reads the output folder alone: training_config.yaml, history.jsonl, validation/, progress.png, README.md and, if
+tools/evaluate.py wrote it, evaluation/.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import html
+import io
 import logging
 import math
 import os
@@ -50,6 +53,7 @@ overflow-wrap: anywhere } pre { overflow-x: auto; border: 1px solid var(--line);
 <main>
 <section aria-labelledby="pictures"><h2 id="pictures">Pictures</h2>$sheet</section>
 <section aria-labelledby="curves"><h2 id="curves">Curves</h2><div class="grid">$curves</div></section>
+$evaluation
 <section aria-labelledby="data"><h2 id="data">Training pictures</h2><div class="grid small">$data</div></section>
 <section aria-labelledby="use"><h2 id="use">Use it</h2><pre tabindex="0">$use</pre></section>
 <section aria-labelledby="settings"><h2 id="settings">Settings</h2>
@@ -99,10 +103,7 @@ def sheet_html(output: Path, prompts: Sequence[str]) -> str:
     sheet = output / "progress.png"
     if not sheet.exists():
         return "<p>No --validation_prompt was given.</p>"
-    encoded = base64.b64encode(sheet.read_bytes()).decode()
-    caption = html.escape(f"A column a step, the untrained model first; rows: {'; '.join(prompts)}")
-    return (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{caption}">'
-            f"</div><figcaption>{caption}</figcaption></figure>")
+    return image_html(sheet, html.escape(f"A column a step, the untrained model first; rows: {'; '.join(prompts)}"))
 
 
 def pictures_html(args: argparse.Namespace) -> tuple[str, int]:
@@ -121,6 +122,30 @@ def pictures_html(args: argparse.Namespace) -> tuple[str, int]:
     return "".join(figures) + more, len(samples)
 
 
+def evaluation_html(output: Path) -> str:
+    """Return the section of evaluation/, or "" if the run was not evaluated."""
+    folder = output / "evaluation"
+    if not (folder / "evaluation.csv").is_file():
+        return ""
+    rows = list(csv.reader(io.StringIO((folder / "evaluation.csv").read_text(encoding="utf-8"))))
+    lines = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+             for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)]
+    advice = folder / "advice.txt"
+    told = html.escape(advice.read_text(encoding="utf-8")) if advice.is_file() else ""
+    grids = "".join(image_html(path, "Checkpoints down, strengths across")
+                    for path in sorted(folder.glob("grid*.png")))
+    return ('<section aria-labelledby="evaluation"><h2 id="evaluation">Evaluation</h2>'
+            f'<div class="sheet" tabindex="0"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
+            f'<pre tabindex="0">{told}</pre>{grids}</section>\n')
+
+
+def image_html(path: Path, caption: str) -> str:
+    """Return a figure of a picture that is part of the page."""
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return (f'<figure><div class="sheet" tabindex="0"><img src="data:image/png;base64,{encoded}" alt="{caption}">'
+            f"</div><figcaption>{caption}</figcaption></figure>")
+
+
 def usage_html(output: Path) -> str:
     """Return the code of the model card that generates a picture, if the card is written already."""
     card = output / "README.md"
@@ -134,7 +159,8 @@ def make_report(output: Path) -> str:
     curves, step = curves_html(output)
     pictures, count = pictures_html(args)
     return REPORT.substitute(
-        title=html.escape(output.resolve().name), curves=curves, data=pictures, use=usage_html(output),
+        title=html.escape(output.resolve().name), curves=curves,
+        evaluation=evaluation_html(output), data=pictures, use=usage_html(output),
         summary=html.escape(f"{count} pictures, rank {args.rank}, {step} steps so far"),
         sheet=sheet_html(output, [prompt.text for prompt in trainer.validation_prompts(args)]),
         settings="".join(f"<tr><td>{key}</td><td>{html.escape(str(value))}</td></tr>"
