@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import pytest
 import torch
 from conftest import ROOT
@@ -96,12 +97,14 @@ TOOLS = [words for words in COMMANDS if words[:1] == ["python"] and words[1].sta
 
 
 def test_the_tools(quick_start):
-    """Those of README run as they stand; one needs SDXL's configuration from the Hub, and is parsed."""
+    """Those of README run as they stand; two need something from the Hub, and are parsed."""
     estimate, inspect = (next(words for words in TOOLS if name in words[1]) for name in ("estimate", "inspect"))
     assert "It fits in 8 GB with these flags" in run_in(quick_start, [sys.executable, *estimate[1:]]).stdout
     assert "no problem found" in run_in(quick_start, [sys.executable, *inspect[1:]]).stdout
     run_in(quick_start, [sys.executable, "tools/report.py", "lora-sks-dog"])
     assert "sks dog" in (quick_start / "lora-sks-dog" / "report.html").read_text()
+    evaluation = next(words for words in TOOLS if "evaluate" in words[1])
+    assert (quick_start / evaluate.make_parser().parse_args(evaluation[2:]).folder / "checkpoint-400").is_dir()
     other = next(words for words in TOOLS if words != estimate and "estimate" in words[1])
     flags = trainer.make_parser().parse_args(other[other.index("8") + 1 :])
     assert other[2] == "--budget" and flags.instance_prompt
