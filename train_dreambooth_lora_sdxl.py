@@ -368,8 +368,8 @@ LORA_LAYERS = {  # by the ends of their names
 LOSS_TYPES = ("l2", "huber")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PATH_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config",
-              "cache_dir", "instance_data_dir", "dataset_name", "class_data_dir", "masked_loss", "cache_latents_dir",
+PATH_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config", "cache_dir",
+              "instance_data_dir", "subjects", "dataset_name", "class_data_dir", "masked_loss", "cache_latents_dir",
               "output_dir", "logging_dir", "resume_from_checkpoint", "init_lora")
 SECRET_FLAGS = ("hub_token",)  # never written, logged or uploaded
 RESUME_FLAGS = (  # what may not change between start and resume
@@ -424,6 +424,8 @@ def make_parser() -> Parser:  # noqa: PLR0915 (a table)
 
     add = parser.add_argument_group("pictures").add_argument
     add("--instance_data_dir", metavar="DIR", help="folder with pictures of the subject")
+    add("--subjects", metavar="FILE",
+        help="instead of a folder: a YAML list of subjects, each with folder, prompt, class_prompt and repeats")
     add("--dataset_name", metavar="ID|DIR", help="instead of a folder: a data set of the Hub or a local one")
     add("--dataset_config_name", metavar="NAME", help="configuration of the data set")
     add("--dataset_split", metavar="NAME", default="train", help="split of the data set")
@@ -762,9 +764,9 @@ class PivotalTuning(FrozenText):
         refuse(args.init_lora, "--init_lora reads no new tokens, so --train_text_encoder_ti would begin them anew; "
                "leave one out.")
         refuse("" in self.tokens, "--token_abstraction has an empty word.")
-        refuse(args.class_prompt and self.replace_words(args.class_prompt) != args.class_prompt,
-               f'--class_prompt "{args.class_prompt}" has a word of --token_abstraction, which is the subject\'s '
-               "alone; leave it out there.")
+        for prompt in filter(None, (own.class_prompt for own in subjects_of(args))):
+            refuse(self.replace_words(prompt) != prompt, f'--class_prompt "{prompt}" has a word of '
+                   "--token_abstraction, which is the subject's alone; leave it out there.")
 
     def add_to(self, run: Run, encoders: Sequence[Any]) -> None:
         """Give each encoder the new tokens: random ones of the size of the known ones, or a concept's."""
@@ -855,21 +857,23 @@ class ClassPictures(NoPrior):
 
     def check(self) -> None:
         """Raise UserError for flags that contradict the mode."""
-        refuse(not self.args.class_prompt,
-               '--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+        refuse(not all(own.class_prompt for own in subjects_of(self.args)), "--with_prior_preservation needs "
+               f'{"a class_prompt for each of --subjects" if self.args.subjects else "--class_prompt"}, such as '
+               '"a photo of a dog".')
 
     def generate(self, run: Run) -> None:
         """Generate the class pictures that are missing."""
-        generate_class_images(run)
+        for own in subjects_of(self.args):
+            generate_class_images(run, own)
 
     def samples(self, subject: Sequence[Sample]) -> list[Sample]:
-        """Return the pictures of the class."""
-        pictures = list_pictures("--class_data_dir", self.args.class_data_dir, self.args.recursive)
-        return [Sample(path, self.args.class_prompt, is_class=True) for path in pictures]
+        """Return the pictures of the class, or of each subject's."""
+        return [Sample(path, own.class_prompt, is_class=True) for own in subjects_of(self.args)
+                for path in list_pictures("--class_data_dir", own.class_data_dir, own.recursive)]
 
     def summary(self) -> str:
         """Say how the class is preserved."""
-        return f'{self.args.num_class_images} pictures of "{self.args.class_prompt}", generated if missing'
+        return f"{self.args.num_class_images} pictures of {class_prompts(self.args)}, generated if missing"
 
 
 class BaseModelPrior(ClassPictures):
@@ -884,7 +888,8 @@ class BaseModelPrior(ClassPictures):
 
     def samples(self, subject: Sequence[Sample]) -> list[Sample]:
         """Return the subject's pictures under the class prompt."""
-        return [Sample(path, self.args.class_prompt, is_class=True) for path in dict.fromkeys(s.path for s in subject)]
+        prompts = {sample.path: sample.class_prompt for sample in subject}
+        return [Sample(path, prompt, is_class=True) for path, prompt in prompts.items()]
 
     def row_losses(self, model: Any, inputs: tuple, target: Tensor, row_loss: Callable, count: int) -> Tensor:
         """Return the losses of all rows."""
@@ -895,7 +900,7 @@ class BaseModelPrior(ClassPictures):
 
     def summary(self) -> str:
         """Say how the class is preserved."""
-        return f'the base model\'s predictions for "{self.args.class_prompt}"'
+        return f"the base model's predictions for {class_prompts(self.args)}"
 
 
 def choose_prior(args: argparse.Namespace) -> NoPrior:
@@ -1408,6 +1413,7 @@ class Sample(NamedTuple):
     prompt: str
     is_class: bool
     repeat: int = 0
+    class_prompt: str = ""  # of the subject's class
 
 
 class View(NamedTuple):
@@ -1553,7 +1559,8 @@ def masks_by_name(folder: str, recursive: bool, beside: bool) -> dict[str, Path]
 
 def find_mask(args: argparse.Namespace, path: Path) -> Path | None:
     """Return the file of a picture's mask, if it has one."""
-    folder, beside = pictures_folder(args), args.masked_loss is True
+    folders, beside = [pictures_folder(own) for own in subjects_of(args)], args.masked_loss is True
+    folder = next(folder for folder in folders if path.is_relative_to(folder))
     masks = masks_by_name(str(folder if beside else args.masked_loss), args.recursive, beside)
     return masks.get(match_name(path.relative_to(folder)))
 
@@ -1644,6 +1651,44 @@ def check_pictures(flag: str, pictures: Sequence[Path], read: Callable[[Path], A
         broken = [message for message in pool.map(fault, pictures) if message]
     refuse(broken, f"{flag}: {len(broken)} of {len(pictures)} pictures cannot be read; remove or mend "
            f"{', '.join(broken)}.")
+
+
+SUBJECT_KEYS = {"folder": str, "prompt": str, "class_prompt": str, "repeats": int}
+
+
+@functools.lru_cache(maxsize=1)  # the file may go while a run lasts
+def read_subjects(path: str) -> list[dict[str, Any]]:
+    """Read the list of --subjects. Raises UserError."""
+    try:
+        entries = yaml.safe_load(read_text(Path(path)))
+    except yaml.YAMLError as error:
+        raise UserError(f"--subjects {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    refuse(not isinstance(entries, list) or not entries, f"--subjects {path} must be a list of subjects.")
+    for number_, entry in enumerate(entries, 1):
+        keys = {key for key, kind in SUBJECT_KEYS.items() if isinstance(entry, dict) and type(entry.get(key)) is kind
+                and entry[key]}
+        refuse(not isinstance(entry, dict) or keys != entry.keys() or not {"folder", "prompt"} <= keys,
+               f"--subjects {path}: subject {number_} needs folder and prompt, and may have class_prompt, all texts, "
+               "and repeats, a whole number.")
+        entry["folder"] = expand_path("subjects", entry["folder"])
+    for key in ("folder", "prompt"):
+        refuse(len({entry[key] for entry in entries}) < len(entries), f"--subjects {path}: each subject needs a {key} "
+               "of its own.")
+    return entries
+
+
+def subjects_of(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of each subject: the run's, with what --subjects says of it. Raises UserError."""
+    return [args] if not args.subjects else [argparse.Namespace(**{
+        **vars(args), "instance_data_dir": entry["folder"], "instance_prompt": entry["prompt"],
+        "class_prompt": entry.get("class_prompt"), "repeats": entry.get("repeats", 1),
+        "class_data_dir": args.class_data_dir and str(Path(args.class_data_dir, Path(entry["folder"]).name))})
+        for entry in read_subjects(args.subjects)]
+
+
+def class_prompts(args: argparse.Namespace) -> str:
+    """Return the class prompts of all subjects for a sentence."""
+    return ", ".join(f'"{prompt}"' for prompt in dict.fromkeys(own.class_prompt for own in subjects_of(args)))
 
 
 def pictures_folder(args: argparse.Namespace) -> Path:
@@ -1829,18 +1874,25 @@ def unused_files(args: argparse.Namespace) -> list[str]:
 
 
 def instance_samples(args: argparse.Namespace) -> list[Sample]:
-    """Return the subject's pictures with their prompts, each as often as it repeats. Raises UserError."""
-    folder, prompt, text = pictures_folder(args), args.instance_prompt, choose_text(args)
+    """Return the pictures of all subjects with their prompts, each as often as it repeats. Raises UserError."""
+    samples, text = list(itertools.chain(*map(samples_of, subjects_of(args)))), choose_text(args)
+    for word, (token, *_) in text.tokens.items():
+        refuse(not any(token in text.replace_words(sample.prompt) for sample in samples), f"--token_abstraction "
+               f"{word} is in no prompt or caption of the subject: write it in the place of the rare word, as in "
+               '"a photo of TOK dog".')
+    return samples
+
+
+def samples_of(args: argparse.Namespace) -> list[Sample]:
+    """Return the pictures of one subject with their prompts. Raises UserError."""
+    folder, prompt = pictures_folder(args), args.instance_prompt
     pictures = list_pictures("--instance_data_dir", folder, args.recursive)
     captions = read_captions(folder, pictures)
     bare = [path.name for path in pictures if not captions.get(path)] if prompt is None else []
     refuse(bare, f"--instance_prompt is needed, as {len(bare)} of {len(pictures)} pictures have no caption: "
            f"{', '.join(bare[:5])}.")
     prompts = [(captions.get(path) or prompt).replace("{instance_prompt}", prompt or "") for path in pictures]
-    for word, (token, *_) in text.tokens.items():
-        refuse(not any(token in text.replace_words(own) for own in prompts), f"--token_abstraction {word} is in no "
-               'prompt or caption of the subject: write it in the place of the rare word, as in "a photo of TOK dog".')
-    return [Sample(path, own, is_class=False, repeat=repeat) for repeat in range(args.repeats)
+    return [Sample(path, own, False, repeat, args.class_prompt or "") for repeat in range(args.repeats)
             for path, own in zip(pictures, prompts, strict=True)]
 
 
@@ -2073,6 +2125,8 @@ def check_conflicts(args: argparse.Namespace) -> None:
            "--steps_per_image and --max_train_steps both say how long it trains; give one of them.")
     refuse(args.max_timestep is not None and args.min_timestep > args.max_timestep,
            f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
+    refuse(args.subjects and (args.instance_prompt or args.class_prompt or args.repeats != 1), "--subjects says "
+           "prompts and repeats itself; leave --instance_prompt, --class_prompt and --repeats out.")
     refuse(any(rule.rank == 0 for rule in rules), "--lora_unet_blocks: a rank must be at least 1.")
     refuse(args.use_8bit_adam and args.optimizer != "adamw8bit",
            f"--use_8bit_adam and {optimizer} exclude each other; leave one out.")
@@ -2224,7 +2278,7 @@ def tensor_names(path: Path) -> list[str]:
 
 def check_folders(args: argparse.Namespace) -> None:
     """Check where files come from and go to, and the pictures. Raises UserError."""
-    for cached in (masks_by_name, dataset_version):  # by an earlier run in the same notebook
+    for cached in (masks_by_name, dataset_version, read_subjects):  # by an earlier run in the same notebook
         cached.cache_clear()
     KNOWN_PICTURES.read(cache_folder(args))
     output, lora = Path(args.output_dir), Path(args.init_lora or "")
@@ -2236,16 +2290,20 @@ def check_folders(args: argparse.Namespace) -> None:
     for flag, folder in (("output_dir", output), ("output_dir", output / "validation"),
                          ("cache_latents_dir", cache_folder(args)), ("logging_dir", output / args.logging_dir)):
         check_writable(flag if getattr(args, flag) else "output_dir", folder)
-    refuse((args.instance_data_dir is None) == (args.dataset_name is None), "the pictures come from a folder, "
-           "--instance_data_dir, or from --dataset_name: give one of the two.")
-    if args.instance_data_dir is not None:
-        check_apart(args)
-        check_subject(args)
-    if args.with_prior_preservation and args.class_data_dir and Path(args.class_data_dir).exists():
-        pictures = list_pictures("--class_data_dir", args.class_data_dir, args.recursive)
-        if not pictures:
-            check_not_in_subfolders("--class_data_dir", Path(args.class_data_dir))
-        check_pictures("--class_data_dir", pictures)
+    sources = (args.instance_data_dir, args.dataset_name, args.subjects)
+    refuse(sources.count(None) != 2, "the pictures come from a folder, --instance_data_dir, or from --dataset_name or "
+           "--subjects: give one of them.")
+    for own in subjects_of(args) if args.dataset_name is None else ():
+        check_apart(own)
+        check_subject(own)
+    if args.dataset_name is None:
+        instance_samples(args)
+    for own in subjects_of(args) if args.with_prior_preservation and args.class_data_dir else ():
+        if Path(own.class_data_dir).exists():
+            pictures = list_pictures("--class_data_dir", own.class_data_dir, args.recursive)
+            if not pictures:
+                check_not_in_subfolders("--class_data_dir", Path(own.class_data_dir))
+            check_pictures("--class_data_dir", pictures)
 
 
 def cache_folder(args: argparse.Namespace) -> Path:
@@ -2276,7 +2334,7 @@ def check_subject(args: argparse.Namespace) -> None:
         raise UserError(f"{flag} {args.dataset_name or folder} holds no picture "
                         f"({', '.join(sorted(PICTURE_SUFFIXES))}){convert}.")
     check_pictures(flag, pictures)
-    instance_samples(args)
+    samples_of(args)
     if args.masked_loss:
         check_masks(args, pictures)
 
@@ -4235,13 +4293,13 @@ def class_dtype(run: Run) -> torch.dtype:
     return PRECISIONS.get(run.args.prior_generation_precision, run.dtype)
 
 
-def generate_class_images(run: Run) -> None:
-    """Generate the missing class pictures: each rank its share, seeded by number, so that a stopped run goes on.
+def generate_class_images(run: Run, args: argparse.Namespace) -> None:
+    """Generate the missing class pictures of a subject's flags: each rank its share, seeded by number, so that a
+    stopped run goes on.
 
     Latents of all are kept on the disk until they are decoded: UNet and VAE are loaded once each, one after the other.
     """
-    args, accelerator = run.args, run.accelerator
-    folder = Path(args.class_data_dir)
+    accelerator, folder = run.accelerator, Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     missing = missing_class_images(folder, args.num_class_images, args.recursive)
     accelerator.wait_for_everyone()  # every rank has looked before any generates
@@ -4563,7 +4621,7 @@ def kohya_metadata(run: Run, tensors: dict[str, Tensor], title: str) -> dict[str
     args, picture = run.args, max(run.output.glob("validation/step-*/00.png"), default=None)
     content = save(tensors)
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
-    trigger = run.text.replace_words(args.instance_prompt or "")
+    trigger = run.text.replace_words("; ".join(own.instance_prompt or "" for own in subjects_of(args)))
     settings = {
         "output_name": title, "base_model_version": "sdxl_base_v1-0", "v2": False, "network_module": "networks.lora",
         "network_dim": next(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")),
@@ -4709,7 +4767,7 @@ def describe_adapters(run: Run) -> str:
 def plan_facts(run: Run, schedule: Schedule, subject: Sequence[Sample], buckets: Sequence[Bucket]) -> dict[str, str]:
     """Return what plan and card say of a run, by the name of the row; of paths only the base model's."""
     args, prompts, config = run.args, list(dict.fromkeys(sample.prompt for sample in subject)), run.scheduler.config
-    more = f" and {len(prompts) - 1} other captions" if len(prompts) > 1 else ""
+    more = f" and {len(prompts) - 1} other prompt{'s' * (len(prompts) > 2)}" if len(prompts) > 1 else ""
     sizes = zip(*(picture_size(path) for path in {sample.path for sample in subject}), strict=True)
     wide, high = (" to ".join(map(str, dict.fromkeys((min(sides), max(sides))))) for sides in sizes)
     shapes = ", ".join(f"{width}x{height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets)))
@@ -4739,7 +4797,7 @@ def print_plan(run: Run, facts: dict[str, str], subject: Sequence[Sample], bucke
     """Print the plan, and warn of what is odd about prompts, files and length."""
     args = run.args
     size = megabytes(latent_bytes(run, buckets))
-    print_rows([*facts.items(), ("From", args.dataset_name or args.instance_data_dir),
+    print_rows([*facts.items(), ("From", args.dataset_name or args.subjects or args.instance_data_dir),
                 ("Output", f"{args.output_dir}; latents of the subject take up to {size} in {run.cache.folder}")])
     is_auto = args.steps_per_image == "auto"
     if args.lr_scheduler != "constant" and schedule.warmup_steps < args.lr_warmup_steps and not is_auto:
@@ -4750,8 +4808,9 @@ def print_plan(run: Run, facts: dict[str, str], subject: Sequence[Sample], bucke
     if args.instance_prompt and not any(args.instance_prompt in sample.prompt for sample in subject):
         warn("all pictures have captions, and --instance_prompt is in none of them; {instance_prompt} in a caption "
              "stands for it.")
-    for problem in unused_files(args) if is_first_rank() else ():
-        warn("%s", problem)
+    for own in subjects_of(args) if is_first_rank() else ():
+        for problem in unused_files(own):
+            warn("%s", problem)
     warn_of_long_prompts(run, prompts_of(run, subject))
 
 
@@ -4834,7 +4893,7 @@ LoRA weights for {base}, trained with DreamBooth on {pictures} pictures by `trai
 
 ## Trigger words
 
-Use `{trigger}` in your prompt.
+Use {trigger} in your prompt.
 
 ## Use it
 
@@ -4863,12 +4922,13 @@ TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd
 def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts: dict[str, str]) -> list[Path]:
     """Write README.md with gallery, trigger words and the command; return the pictures that it shows."""
     args, base, replace_words = run.args, run.args.pretrained_model_name_or_path, run.text.replace_words
-    own = args.instance_prompt if any((args.instance_prompt or "\0") in sample.prompt for sample in subject) else None
-    trigger, prompts = replace_words(own or subject[0].prompt), [prompt.text for prompt in run.prompts]
+    own = [of.instance_prompt for of in subjects_of(args)
+           if any((of.instance_prompt or "\0") in sample.prompt for sample in subject)]
+    triggers, prompts = list(map(replace_words, own or [subject[0].prompt])), [prompt.text for prompt in run.prompts]
     gallery = pictures_in(validation_folder(run.output, step), prompts, args.num_validation_images)
     data = ModelCardData(
         license=base_license(base), library_name="diffusers", tags=[*TAGS, *choose_adapter(args).tags],
-        instance_prompt=trigger,
+        instance_prompt=triggers[0],
         base_model=None if Path(base).exists() else base,  # the Hub refuses what is not an id
         widget=[{"text": replace_words(prompts[i // args.num_validation_images]) or " ",
                  "output": {"url": path.relative_to(run.output).as_posix()}} for i, path in gallery.items()] or None)
@@ -4877,8 +4937,9 @@ def write_card(run: Run, repo: str, step: int, subject: Sequence[Sample], facts:
              for name, text in {**facts, "Trained": f"{step} steps"}.items()}
     body = CARD.format(
         title=re.sub(r"[^\w .-]", " ", run.output.resolve().name), base=base, pictures=run.pictures,
-        trigger=" ".join(trigger.replace("`", "'").split()),  # a blank line would end the code, and begin markup
-        usage=usage(run, repo, replace_words(prompts[0]) if prompts else trigger),
+        # a blank line would end the code, and begin markup
+        trigger=" or ".join(f"`{' '.join(trigger.replace('`', chr(39)).split())}`" for trigger in triggers),
+        usage=usage(run, repo, replace_words(prompts[0]) if prompts else triggers[0]),
         webui=f"download `{KOHYA_FILE}` into the folder for LoRAs." if args.output_kohya_format else
         "this repository holds no file for them; `--output_kohya_format` writes one.",
         facts="\n".join(f"| {name} | {text} |" for name, text in cells.items()), command=command,

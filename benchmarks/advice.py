@@ -29,7 +29,7 @@ from PIL import Image
 from scene import CLASSES, COLOURS, PLACES, SUBJECTS, Scene, draw, random_scene
 from torch import Tensor, nn
 
-METHODS, SEEDS, STEPS, STRENGTHS, A_PLACE = ("plain", "prior pictures"), 3, 200, (0.6, 0.8, 1.0), 3
+METHODS, STRENGTHS = ("plain", "prior pictures"), (0.6, 0.8, 1.0)
 
 
 def train_eye(path: Path) -> Eye:
@@ -91,16 +91,17 @@ def truth(folder: Path, subject: str, judge: Judge) -> float:
     return 100 * float(np.mean([np.mean(share) for share in shares]))
 
 
-def study(run: crafts.Run, out: Path) -> dict[str, Any]:
+def study(run: crafts.Run, args: argparse.Namespace) -> dict[str, Any]:
     """Train a run and evaluate it; return the tool's rows, each with its true score."""
     torch.set_num_threads(1)
-    crafts.train(run, out, STEPS)
+    out = args.out
+    crafts.train(run, out, args.steps)
     folder, class_name = run.folder(out), SUBJECTS[run.subject]
     prompts = out / f"{run.subject}.txt"
     prompts.write_text("\n".join(f"a photo of a sks {class_name} {place}" for place in PLACES))
     options = evaluate.make_parser().parse_args([
-        str(folder), "--prompts", str(prompts), "--num_images", str(A_PLACE), "--batch_size", str(A_PLACE),
-        "--strengths", *map(str, STRENGTHS)])
+        str(folder), "--prompts", str(prompts), "--num_images", str(args.pictures), "--batch_size",
+        str(args.pictures), "--strengths", *map(str, STRENGTHS)])
     eye = train_eye(out / "eye.pt")
     rows = evaluate.evaluate(options, lambda: ToyEncoder(eye, False), lambda: ToyEncoder(eye, True))
     judge = Judge()
@@ -134,6 +135,11 @@ def main() -> None:
     """Study all runs, two at a time, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("advice"))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pictures", type=int, default=3, help="pictures of a prompt")
     parser.add_argument("--measured", action="store_true", help="print the table of advice.jsonl again")
     args = parser.parse_args()
     record = Path(__file__).with_suffix(".jsonl")
@@ -142,9 +148,10 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     train_eye(args.out / "eye.pt")
-    runs = [crafts.Run(subject, method, seed) for seed in range(SEEDS) for method in METHODS for subject in SUBJECTS]
+    runs = [crafts.Run(subject, method, seed)
+            for seed in range(args.seeds) for method in args.methods for subject in args.subjects]
     with ProcessPoolExecutor(2) as pool:
-        studies = list(pool.map(study, runs, [args.out] * len(runs)))
+        studies = list(pool.map(study, runs, [args] * len(runs)))
     (args.out / "advice.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in studies))
     print(table(studies))
 

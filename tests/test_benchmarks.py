@@ -13,6 +13,8 @@ TOY = ROOT / "examples" / "toy_world" / "model"
 SHORT = {
     "learning.py": "--methods untrained plain --subjects sks_dog --max_train_steps 2 --pictures 1 --out {}",
     "crafts.py": "--methods EMA --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
+    "advice.py": "--methods plain --subjects sks_dog --seeds 1 --steps 50 --pictures 1 --out {}",
+    "two_subjects.py": "--seeds 1 --steps 1 --class_pictures 1 --pictures 1 --out {}",
     "step_overhead.py": "--pairs 2",
     "memory.py": "--recipes half --resolution 512",
     "launches.py": "",

@@ -252,9 +252,9 @@ def test_metadata_is_found_however_the_folder_is_written(train, folder, tmp_path
 
 
 def test_pictures_come_from_one_place(train, folder):
-    with pytest.raises(trainer.UserError, match="give one of the two"):
+    with pytest.raises(trainer.UserError, match="give one of them"):
         train.args(dataset_name="x/y")
-    with pytest.raises(trainer.UserError, match="give one of the two"):
+    with pytest.raises(trainer.UserError, match="give one of them"):
         train.args(instance_data_dir=None)
 
 
