@@ -174,7 +174,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_flags_that_the_pages_name_exist():
-    known = {option for action in trainer.make_parser()._actions for option in action.option_strings}
+    known = {option for parser in (trainer.make_parser(), evaluate.make_parser()) for action in parser._actions
+             for option in action.option_strings}  # fmt: skip
     others = {"--quiet", "--methods", "--measure", "--kills", "--budget", "--collect", "--machine_rank"}
     others |= {"--dynamo_mode", "--dynamo_use_regional_compilation"}  # of accelerate launch
     for page in PAGES:
@@ -191,3 +192,14 @@ def test_the_chinese_page_has_the_same_headings_tables_and_commands(page):
         assert re.findall(pattern, theirs, flags=re.M) == re.findall(pattern, text, flags=re.M), pattern
     flags = [set(re.findall(r"`(--\w+)", page)) for page in (text, theirs)]
     assert flags[0] == flags[1]
+
+
+def test_the_list_of_subjects_is_read(train, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dog", "mug"):
+        shutil.copytree(pictures, tmp_path / name)
+    (text,) = [text for language, text in BLOCKS if language == "yaml" and "folder:" in text]
+    (tmp_path / "subjects.yaml").write_text(text)
+    flags = {"instance_data_dir": None, "instance_prompt": None, "with_prior_preservation": True}
+    samples = trainer.instance_samples(train.args(subjects="subjects.yaml", **flags))
+    assert len(samples) == 5 + 2 * 5 and samples[-1].prompt == "a photo of ohwx mug"
