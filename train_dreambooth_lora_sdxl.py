@@ -1498,15 +1498,15 @@ def unsupported_colours(path: str | Path, image: Image.Image) -> str:
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture without transparency to RGB by its colour profile. Raises ValueError if that cannot be."""
+    """Convert a picture to RGB by its colour profile, without its alpha. Raises ValueError if that cannot be."""
     data = picture.info.get("icc_profile")
     if not data and picture.mode != "LAB":
         return picture.convert("RGB")
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data) if data else ImageCms.createProfile("LAB"))
-        modes = {"GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
-        mode = modes.get(profile.profile.xcolor_space, "RGB")
-        plain = picture.convert("RGB") if mode == "RGB" and picture.mode in ("1", "L", "P") else picture
+        kinds = {"GRAY": ("L", "1", "LA"), "RGB ": ("RGB", "1", "L", "LA", "P", "PA", "RGBA")}  # and what becomes them
+        mode, *others = kinds.get(profile.profile.xcolor_space, (picture.mode,))
+        plain = picture.convert(mode) if picture.mode in others else picture
         return ImageCms.profileToProfile(plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (OSError, ImageCms.PyCMSError) as error:
         raise ValueError(f"its colour profile cannot be used ({error}); convert it to sRGB") from error
@@ -1529,9 +1529,7 @@ def load_picture(path: str | Path) -> Image.Image:
     if colours:
         raise ValueError(f"it is in {colours}, without a profile; convert it to sRGB")
     picture = read_image(path)
-    alpha = alpha_of(picture)
-    has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-    opaque = to_srgb(picture.convert("L" if picture.mode in ("L", "LA") else "RGB") if has_alpha else picture)
+    alpha, opaque = alpha_of(picture), to_srgb(picture)
     if alpha is None:
         return opaque
     opaque.putalpha(alpha)
