@@ -661,6 +661,8 @@ def parse_args(argv: Sequence[str] | None = None, with_weights: bool = True) -> 
     quiet_libraries(args.log_level)
     check_args(args, with_weights)
     return args
+
+
 # --------------------------------------------------------------------------------------------------------------- modes
 # A mode that flags choose is an object with everything that it changes: to remove a mode, delete its class, its entry
 # in the table and its flags. Their methods are called when torch is imported.
@@ -1142,6 +1144,8 @@ def diffusion_loss(model: Any, objective: Objective, batch: Batch) -> Loss:
     rows = objective.prior.row_losses(model, inputs, c * latents + d * noise, per_sample_loss, batch.instance_rows)
     total = (batch.weight * table.weight[timesteps] * rows).sum() / batch.instance_rows
     return Loss(total, rows[:batch.instance_rows].detach(), timesteps[:batch.instance_rows])
+
+
 # ------------------------------------------------------------------------------------------------------- training loop
 # Sample rows, loss, backward, clip, step; then log, save, validate when due. Rows and randomness of micro-batch n are
 # functions of n and the seed: a checkpoint needs no random state, and one process equals several.
@@ -1402,6 +1406,8 @@ def peak_memory_gb(memory: PhaseMemory) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 # Folders and data sets become samples: pictures with prompts, masks and buckets. No models, no torch.
 
@@ -2067,6 +2073,8 @@ def content_key(*parts: object) -> str:
         digest.update(b"%d " % len(data))
         digest.update(data)
     return digest.hexdigest()[:40]
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 # Whatever flags and file system reveal is checked before the heavy imports: conflicts, packages, models, folders.
 
@@ -2088,6 +2096,8 @@ def refuse(condition: object, message: str) -> None:
 
 def check_args(args: argparse.Namespace, with_weights: bool = True) -> None:
     """Check flags, packages, models, folders and pictures. Raises UserError."""
+    for cached in (masks_by_name, dataset_version, read_subjects):  # by an earlier run in the same notebook
+        cached.cache_clear()
     broken = [name for name, value in vars(args).items() if re.search("[\ud800-\udfff]", str(value))]
     for name in broken:
         raise UserError(f"--{name} {getattr(args, name)!a} holds bytes that are no UTF-8; rename what it names.")
@@ -2214,7 +2224,9 @@ def check_models(args: argparse.Namespace, with_weights: bool) -> None:
     if Path(args.pretrained_model_name_or_path).is_dir():
         check_is_sdxl(args.pretrained_model_name_or_path)
     for flag, folders, needed in ((BASE_FLAG, parts, SDXL_KEYS), (VAE_FLAG, ("",), VAE_KEYS)):
-        place = getattr(args, flag[2:]) or "the/base"
+        place = getattr(args, flag[2:])
+        if not place:
+            continue
         refuse(not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") != 1),
                f"{flag} {place}: no such folder or file, and no Hub id (owner/name).")
         if Path(place).is_file():
@@ -2276,8 +2288,6 @@ def tensor_names(path: Path) -> list[str]:
 
 def check_folders(args: argparse.Namespace) -> None:
     """Check where files come from and go to, and the pictures. Raises UserError."""
-    for cached in (masks_by_name, dataset_version, read_subjects):  # by an earlier run in the same notebook
-        cached.cache_clear()
     KNOWN_PICTURES.read(cache_folder(args))
     output, lora = Path(args.output_dir), Path(args.init_lora or "")
     resumed = find_checkpoint(args.resume_from_checkpoint, output)
@@ -2322,7 +2332,7 @@ def check_apart(args: argparse.Namespace) -> None:
 
 
 def check_subject(args: argparse.Namespace) -> None:
-    """Check that the subject's pictures are there and whole, and that each has a prompt. Raises UserError."""
+    """Check that the subject's pictures are there and whole. Raises UserError."""
     folder, flag = pictures_folder(args), "--dataset_name" if args.dataset_name else "--instance_data_dir"
     pictures = list_pictures(flag, folder, args.recursive)
     if not pictures:
@@ -2332,7 +2342,6 @@ def check_subject(args: argparse.Namespace) -> None:
         raise UserError(f"{flag} {args.dataset_name or folder} holds no picture "
                         f"({', '.join(sorted(PICTURE_SUFFIXES))}){convert}.")
     check_pictures(flag, pictures)
-    samples_of(args)
     if args.masked_loss:
         check_masks(args, pictures)
 

@@ -2,13 +2,16 @@
 
     python benchmarks/advice.py --out /tmp/advice        # about 40 minutes on two CPU cores
 
-Both subjects, three seeds, plain and with class pictures: 200 steps, a checkpoint every 50. The tool sees the pictures
-through an encoder of its own, which was trained on drawn scenes without the subjects. The truth is the judge's score
-(benchmarks/crafts.py): the mean of subject shown, place right and class kept, in per cent. The table says how much of
-the best score among all checkpoints and strengths an advice loses.
+Both subjects, three seeds, plain and with class pictures: 200 steps, a checkpoint every 50. The truth is the judge's
+score (benchmarks/crafts.py): the mean of subject shown, place right and class kept, in per cent. The table says how
+much of the best score among all checkpoints and strengths an advice loses.
+
+In the place of DINOv2 and CLIP the tool has the features of the judge, which know how the subjects look, or, to see
+what that is worth, those of a classifier that was trained on drawn scenes without the subjects.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -58,7 +61,7 @@ def train_eye(path: Path) -> Eye:
 
 
 class ToyEncoder:
-    """In the place of DINOv2: features of the classifier. In that of CLIP: what it takes class and place for."""
+    """In the place of DINOv2: features of a classifier. In that of CLIP: what it takes class and place for."""
 
     def __init__(self, eye: Eye, is_clip: bool) -> None:
         self.eye, self.is_clip = eye, is_clip
@@ -102,13 +105,14 @@ def study(run: crafts.Run, args: argparse.Namespace) -> dict[str, Any]:
     options = evaluate.make_parser().parse_args([
         str(folder), "--prompts", str(prompts), "--num_images", str(args.pictures), "--batch_size",
         str(args.pictures), "--strengths", *map(str, STRENGTHS)])
-    eye = train_eye(out / "eye.pt")
-    rows = evaluate.evaluate(options, lambda: ToyEncoder(eye, False), lambda: ToyEncoder(eye, True))
-    judge = Judge()
-    for row in rows:
-        (pictures,) = (folder / "evaluation" / "pictures").glob(f"{row['checkpoint']}-{row['strength']:g}-*")
-        row["score"] = truth(pictures, run.subject, judge)
-    return {"run": run[:3], "rows": rows}
+    judge, found = Judge(), {"run": run[:3]}
+    for name, eye in (("knows the look", judge.eye), ("knows class, colour, place", train_eye(out / "eye.pt"))):
+        encoders = [functools.partial(ToyEncoder, eye, is_clip) for is_clip in (False, True)]
+        found[name] = evaluate.evaluate(options, *encoders)
+        for row in found[name]:
+            (pictures,) = (folder / "evaluation" / "pictures").glob(f"{row['checkpoint']}-{row['strength']:g}-*")
+            row["score"] = truth(pictures, run.subject, judge)
+    return found
 
 
 def lost(rows: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> float:
@@ -118,15 +122,17 @@ def lost(rows: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> float:
 
 def table(studies: Sequence[dict[str, Any]]) -> str:
     """Return a row for each way to choose: points lost over the runs, mean and spread, and at most."""
-    last = max((row["checkpoint"] for row in studies[0]["rows"]), key=lambda name: int(name.split("-")[1]))
-    ways = {"the advice": lambda rows: evaluate.rank(rows)[0],
-            "the last checkpoint at 1.0": lambda rows: next(
-                row for row in rows if row["checkpoint"] == last and row["strength"] == 1.0),
-            "most DINO-I": lambda rows: max(rows, key=lambda row: row["dino_i"]),
-            "most CLIP-T": lambda rows: max(rows, key=lambda row: row["clip_t"])}
+    knowing, unknowing = [name for name in studies[0] if name != "run"]
+    last = studies[0][knowing][-1]["checkpoint"]
+    ways = {f"the advice, where the encoder {knowing}": (knowing, lambda rows: evaluate.rank(rows)[0]),
+            f"the advice, where it {unknowing}": (unknowing, lambda rows: evaluate.rank(rows)[0]),
+            "the last checkpoint at 1.0": (knowing, lambda rows: next(
+                row for row in rows if row["checkpoint"] == last and row["strength"] == 1.0)),
+            "most DINO-I": (knowing, lambda rows: max(rows, key=lambda row: row["dino_i"])),
+            "most CLIP-T": (knowing, lambda rows: max(rows, key=lambda row: row["clip_t"]))}
     lines = ["| choice | points lost | at most | runs |", "|---|--:|--:|--:|"]
-    for name, choose in ways.items():
-        points = [lost(entry["rows"], choose(entry["rows"])) for entry in studies]
+    for name, (encoder, choose) in ways.items():
+        points = [lost(entry[encoder], choose(entry[encoder])) for entry in studies]
         lines.append(f"| {name} | {crafts.told(points, 1)} | {max(points):.1f} | {len(points)} |")
     return "\n".join(lines)
 

@@ -196,6 +196,20 @@ def test_mistakes_are_one_sentence_and_nothing_is_overwritten(run, call, train, 
     assert "Traceback" not in told.stderr and not (bare / "evaluation").exists()
 
 
+def test_ctrl_c_is_one_sentence(run, encoders, monkeypatch, capsys):
+    def stop(*rest):
+        raise KeyboardInterrupt
+
+    words = [word for name, value in encoders.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), *words])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(trainer, "generate_latents", stop)
+        evaluate.main()
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    evaluate.main()
+    assert (run / "evaluation" / "advice.txt").exists()
+
+
 def test_new_tokens_are_evaluated_too(train, tiny, encoders):
     output = train(train_text_encoder_ti=True, instance_prompt="a photo of TOK dog", token_lr=0.1, max_train_steps=4,
                    checkpointing_steps=2, train_text_encoder_frac=1, validation_prompt="TOK dog --s 2")  # fmt: skip

@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -387,8 +388,13 @@ def evaluate(options: argparse.Namespace, image_encoder: Callable[[], Any] | Non
 
 def main() -> None:
     """Evaluate as the command line says."""
+    options = make_parser().parse_args()
     with trainer.one_sentence():
-        evaluate(make_parser().parse_args())
+        try:
+            evaluate(options)
+        except KeyboardInterrupt:
+            raise trainer.Stopped(signal.SIGINT, "Stopped; what was generated is kept, and the same command goes on."
+                                  ) from None
 
 
 if __name__ == "__main__":
