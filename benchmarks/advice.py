@@ -112,7 +112,7 @@ def study(run: crafts.Run, args: argparse.Namespace) -> dict[str, Any]:
         for row in found[name]:
             (pictures,) = (folder / "evaluation" / "pictures").glob(f"{row['checkpoint']}-{row['strength']:g}-*")
             row["score"] = truth(pictures, run.subject, judge)
-    return found
+    return json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))
 
 
 def lost(rows: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> float:
