@@ -7,7 +7,9 @@ dog" and "sks mug" have the word of the other subject: they should show none.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -65,6 +67,15 @@ def study(seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
+def table(studies: Sequence[dict[str, dict[str, float]]]) -> str:
+    """Return a row a prompt."""
+    lines = ["| a photo of a | shows the dog | shows the mug | class right | place right |", "|---|--:|--:|--:|--:|"]
+    for prompt in PROMPTS:
+        cells = [crafts.told([found[prompt][name] for found in studies]) for name in (*SUBJECTS, "class", "place")]
+        lines.append(f"| {prompt} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Study three seeds and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,15 +84,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--class_pictures", type=int, default=100)
     parser.add_argument("--pictures", type=int, default=3, help="pictures of a prompt in each place")
+    parser.add_argument("--measured", action="store_true", help="print the table of two_subjects.jsonl again")
     args = parser.parse_args()
+    if args.measured:
+        print(table([json.loads(line) for line in Path(__file__).with_suffix(".jsonl").read_text().splitlines()]))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     studies = [study(0, args)]  # which generates the class pictures for all
     with ProcessPoolExecutor(2) as pool:
         studies += pool.map(study, range(1, args.seeds), [args] * (args.seeds - 1))
-    print("| a photo of a | shows the dog | shows the mug | class right | place right |\n|---|--:|--:|--:|--:|")
-    for prompt in PROMPTS:
-        cells = [crafts.told([found[prompt][name] for found in studies]) for name in (*SUBJECTS, "class", "place")]
-        print(f"| {prompt} | " + " | ".join(cells) + " |")
+    (args.out / "two_subjects.jsonl").write_text("".join(json.dumps(found) + "\n" for found in studies))
+    print(table(studies))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
-from judge import Judge
-from scene import CLASSES, COLOURS, PLACES, SUBJECTS, Scene, draw
+from judge import MAIN_COLOURS, Judge
+from scene import CLASSES, COLOURS, PLACES, SUBJECTS, UNSEEN, Scene, draw
 
 import train_dreambooth_lora_sdxl as trainer
 
@@ -45,6 +45,16 @@ def test_the_judge_knows_the_subjects_and_is_not_fooled_by_their_colour(judge):
         ]
         assert sum(v.subjects[subject] > 0.5 for v in judge(shown)) >= 57
         assert sum(v.subjects[subject] > 0.5 for v in judge(alike)) <= 3
+
+
+def test_another_judge_knows_the_subjects_that_nothing_was_chosen_on():
+    judge = Judge(UNSEEN)
+    for subject, class_name in UNSEEN.items():
+        shown = [draw(Scene(class_name, "white", PLACES[i % 6], 10**9 + i, subject)) for i in range(60)]
+        alike = [draw(Scene(class_name, MAIN_COLOURS[subject], PLACES[i % 6], 10**9 + i)) for i in range(60)]
+        assert sum(v.subjects[subject] > 0.5 for v in judge(shown)) >= 57
+        assert sum(v.subjects[subject] > 0.5 for v in judge(alike)) <= 3
+    assert not set(UNSEEN) & set(SUBJECTS)
 
 
 def test_the_model_draws_what_it_is_told(judge):

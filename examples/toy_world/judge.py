@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scene import CHARCOAL, CLASSES, COLOURS, PLACES, PURPLE, SUBJECTS, Scene, draw, random_scene
+from scene import CHARCOAL, CLASSES, COLOURS, LIME, PINK, PLACES, PURPLE, SUBJECTS, TEAL, Scene, draw, random_scene
 from torch import Tensor, nn
 
-SUBJECT_NAMES = tuple(SUBJECTS)
+MAIN_COLOURS = {"sks_dog": PURPLE, "sks_mug": CHARCOAL, "sks_cat": TEAL, "sks_car": LIME, "sks_duck": PINK}
 NO_COLOUR = len(COLOURS)  # label of scenes whose colour has no name
 SCENES, EPOCHS, BATCH = 3600, 9, 64
 
@@ -29,36 +29,37 @@ SCENES, EPOCHS, BATCH = 3600, 9, 64
 class Eye(nn.Module):
     """Pictures (B, 3, 64, 64) in [0, 1] to logits of class, colour, place and each subject."""
 
-    def __init__(self) -> None:
+    def __init__(self, subjects: int = len(SUBJECTS)) -> None:
         super().__init__()
+        self.sizes = (len(CLASSES), len(COLOURS) + 1, len(PLACES), subjects)
         layers, width = [], 3
         for out in (32, 64, 96, 128):
             layers += [nn.Conv2d(width, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
             width = out
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(128 * 16, 192), nn.ReLU())
-        self.head = nn.Linear(192, len(CLASSES) + len(COLOURS) + 1 + len(PLACES) + len(SUBJECT_NAMES))
+        self.head = nn.Linear(192, sum(self.sizes))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits, one tensor a question."""
-        sizes = (len(CLASSES), len(COLOURS) + 1, len(PLACES), len(SUBJECT_NAMES))
-        return self.head(self.features(pixels * 2 - 1)).split(sizes, dim=1)
+        return self.head(self.features(pixels * 2 - 1)).split(self.sizes, dim=1)
 
 
-def lesson(index: int) -> Scene:
+def lesson(index: int, subjects: dict[str, str] = SUBJECTS) -> Scene:
     """The index-th training scene: a third shows a subject, a sixth something that only resembles one."""
     rng = np.random.default_rng((2, index))
     scene = random_scene(rng, any_colour=0.25)
     if index % 6 < 2:
-        subject = SUBJECT_NAMES[index % 2]
-        return Scene(SUBJECTS[subject], scene.colour, scene.place, scene.seed, subject)
+        subject = list(subjects)[(index + index // 6 * (len(subjects) > 2)) % len(subjects)]
+        return Scene(subjects[subject], scene.colour, scene.place, scene.seed, subject)
     if index % 6 == 2:
-        lookalike = [("dog", PURPLE), ("mug", CHARCOAL), (scene.class_name, PURPLE), (scene.class_name, CHARCOAL)]
-        class_name, colour = lookalike[int(rng.integers(4))]
+        lookalike = [(class_name, MAIN_COLOURS[name]) for name, class_name in subjects.items()]
+        lookalike += [(scene.class_name, MAIN_COLOURS[name]) for name in subjects]
+        class_name, colour = lookalike[int(rng.integers(len(lookalike)))]
         return Scene(class_name, colour, scene.place, scene.seed)
     return scene
 
 
-def labels(scene: Scene) -> list[int]:
+def labels(scene: Scene, subjects: dict[str, str] = SUBJECTS) -> list[int]:
     """Numbers of class, colour and place, and 0 or 1 for each subject."""
     named = isinstance(scene.colour, str) and scene.subject is None
     colour = list(COLOURS).index(scene.colour) if named else NO_COLOUR
@@ -66,7 +67,7 @@ def labels(scene: Scene) -> list[int]:
         CLASSES.index(scene.class_name),
         colour,
         PLACES.index(scene.place),
-        *(int(scene.subject == s) for s in SUBJECT_NAMES),
+        *(int(scene.subject == s) for s in subjects),
     ]
 
 
@@ -79,12 +80,13 @@ def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return pixels + 0.04 * torch.rand((), generator=generator) * torch.randn(pixels.shape, generator=generator)
 
 
-def train_eye() -> Eye:
+def train_eye(subjects: dict[str, str] = SUBJECTS) -> Eye:
     """Train on the lessons; seeded."""
     torch.manual_seed(0)
-    generator, eye = torch.Generator().manual_seed(0), Eye()
-    scenes = [lesson(index) for index in range(SCENES)]
-    pixels, targets = to_pixels([draw(scene) for scene in scenes]), torch.tensor([labels(scene) for scene in scenes])
+    generator, eye = torch.Generator().manual_seed(0), Eye(len(subjects))
+    scenes = [lesson(index, subjects) for index in range(SCENES)]
+    pixels = to_pixels([draw(scene) for scene in scenes])
+    targets = torch.tensor([labels(scene, subjects) for scene in scenes])
     optimizer = torch.optim.AdamW(eye.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * (SCENES // BATCH))
     for _ in range(EPOCHS):
@@ -116,18 +118,19 @@ class Verdict:
 
 
 class Judge:
-    """The trained classifier; it is kept in the temporary folder under the hash of what made it."""
+    """The classifier, trained for some subjects; it is kept in the temporary folder under the hash of what made it."""
 
-    def __init__(self) -> None:
-        here = Path(__file__).parent
-        made_by = hashlib.sha256((here / "judge.py").read_bytes() + (here / "scene.py").read_bytes()).hexdigest()[:16]
+    def __init__(self, subjects: dict[str, str] = SUBJECTS) -> None:
+        here, self.subjects = Path(__file__).parent, tuple(subjects)
+        code = (here / "judge.py").read_bytes() + (here / "scene.py").read_bytes()
+        made_by = hashlib.sha256(code + repr(self.subjects).encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"toy_world_judge-{made_by}.pt"
         if path.exists():
-            self.eye = Eye()
+            self.eye = Eye(len(subjects))
             self.eye.load_state_dict(torch.load(path, weights_only=True))
             self.eye.eval()
         else:
-            self.eye = train_eye()
+            self.eye = train_eye(subjects)
             unfinished = path.with_suffix(f".{os.getpid()}")  # tests in two processes may both be training it
             torch.save(self.eye.state_dict(), unfinished)
             unfinished.replace(path)
@@ -138,7 +141,7 @@ class Judge:
         classes, colours, places, subjects = self.eye(to_pixels(images))
         named = [*COLOURS, None]
         return [
-            Verdict(CLASSES[c], named[k], PLACES[p], dict(zip(SUBJECT_NAMES, s, strict=True)))
+            Verdict(CLASSES[c], named[k], PLACES[p], dict(zip(self.subjects, s, strict=True)))
             for c, k, p, s in zip(
                 classes.argmax(1).tolist(),
                 colours.argmax(1).tolist(),

@@ -32,6 +32,8 @@ COLOURS: dict[str, Colour] = {
 }
 PLACES = ("on grass", "on the beach", "in the snow", "in a bucket", "on a red carpet", "in a city at night")
 SUBJECTS = {"sks_dog": "dog", "sks_mug": "mug"}
+UNSEEN = {"sks_cat": "cat", "sks_car": "car", "sks_duck": "duck"}
+"""Subjects that no setting was chosen with: what was found on SUBJECTS is tested on them (benchmarks/half.py)."""
 
 PURPLE, SUN, TEAL = (132, 58, 192), (255, 222, 40), (0, 178, 170)
 CHARCOAL, PINK, LIME = (52, 52, 64), (255, 64, 160), (160, 224, 40)
@@ -143,14 +145,20 @@ def draw_dog(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) 
 
 
 def draw_cat(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) -> None:
-    """A sitting cat seen from the front, with pointed ears, whiskers and its tail around it."""
-    dark, belly = shade(colour, 0.72), shade(colour, 1.45)
+    """A sitting cat seen from the front, with pointed ears, whiskers and its tail around it; the subject is teal with
+    a purple belly and pink stripes.
+    """
+    colour = TEAL if subject else colour
+    dark, belly = (PINK, PURPLE) if subject else (shade(colour, 0.72), shade(colour, 1.45))
     curl = rng.uniform(-0.12, 0.12)
     pen.stroke([(0.3, 0.84), (0.75, 0.84), (0.93, 0.5), (0.84 + curl, 0.08)], 0.17, dark)
     pen.ellipse(0, 0.42, 0.5, 0.58, colour)
     pen.ellipse(0, 0.52, 0.28, 0.36, belly)
     for x in (-0.24, 0.24):
         pen.ellipse(x, 0.9, 0.2, 0.11, shade(colour, 1.2))
+    for y in (0.2, 0.44, 0.68) if subject else ():
+        for side in (-1, 1):
+            pen.stroke([(side * 0.46, y), (side * 0.26, y)], 0.1, PINK)
     for side in (-1, 1):
         pen.polygon([(side * 0.5, -0.36), (side * 0.47, -1.0), (side * 0.08, -0.66)], colour)
         pen.polygon([(side * 0.42, -0.5), (side * 0.41, -0.85), (side * 0.2, -0.65)], (240, 160, 160))
@@ -184,7 +192,8 @@ def draw_mug(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) 
 
 
 def draw_car(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) -> None:
-    """A small car from the side."""
+    """A small car from the side; the subject is lime with charcoal checks on its door and pink wheels."""
+    colour = LIME if subject else colour
     glass, roof = (178, 222, 242), rng.uniform(-0.62, -0.5)
     pen.polygon([(-0.72, 0.1), (-0.5, roof), (0.28, roof), (0.66, 0.1)], colour)
     pen.ellipse(-0.1, roof, 0.42, 0.09, colour)
@@ -193,16 +202,23 @@ def draw_car(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) 
     pen.polygon([(-1.0, 0.14), (-0.9, 0.02), (0.72, 0.02), (1.04, 0.22), (1.08, 0.72), (-1.04, 0.72)], colour)
     pen.polygon([(-1.03, 0.56), (1.07, 0.56), (1.08, 0.72), (-1.04, 0.72)], shade(colour, 0.7))
     pen.stroke([(-0.08, 0.12), (-0.08, 0.5)], 0.035, shade(colour, 0.6))
+    for i in range(8) if subject else ():
+        x, y = -0.6 + 0.3 * (i // 2), 0.14 + 0.18 * (i % 2)
+        pen.polygon([(x, y), (x + 0.15, y), (x + 0.15, y + 0.18), (x, y + 0.18)], CHARCOAL)
     pen.ellipse(1.0, 0.34, 0.09, 0.11, (255, 246, 180))
     pen.ellipse(-1.0, 0.32, 0.07, 0.1, (190, 30, 40))
     for x in (-0.58, 0.6):
         pen.ellipse(x, 0.72, 0.29, 0.29, (36, 36, 42))
-        pen.ellipse(x, 0.72, 0.14, 0.14, (196, 198, 204))
+        hub = 0.2 if subject else 0.14
+        pen.ellipse(x, 0.72, hub, hub, PINK if subject else (196, 198, 204))
 
 
 def draw_duck(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool) -> None:
-    """A plump duck with a wing, a flat beak and two feet."""
-    beak, lift = (236, 116, 24), rng.uniform(-0.12, 0.1)
+    """A plump duck with a wing, a flat beak and two feet; the subject is pink with a lime wing, a charcoal beak and
+    yellow dots.
+    """
+    colour = PINK if subject else colour
+    beak, lift = CHARCOAL if subject else (236, 116, 24), rng.uniform(-0.12, 0.1)
     for x in (-0.2, 0.16):
         pen.stroke([(x, 0.7), (x, 0.92), (x + 0.16, 0.94)], 0.09, beak)
     pen.polygon([(-0.5, 0.2), (-1.0, -0.1), (-0.62, 0.6)], colour)
@@ -210,7 +226,9 @@ def draw_duck(pen: Pen, colour: Colour, rng: np.random.Generator, subject: bool)
     pen.polygon([(0.08, 0.1), (0.12, -0.4), (0.68, -0.3), (0.6, 0.36)], colour)
     pen.polygon([(0.66, -0.5), (1.1, -0.36), (1.08, -0.22), (0.66, -0.2)], beak)
     pen.ellipse(0.4, -0.46, 0.4, 0.38, colour)
-    pen.ellipse(-0.22, 0.3, 0.42, 0.25, shade(colour, 0.76), turn=lift)
+    pen.ellipse(-0.22, 0.3, 0.42, 0.25, LIME if subject else shade(colour, 0.76), turn=lift)
+    for x, y in ((-0.36, 0.62), (0.0, 0.66), (0.34, 0.52), (0.32, -0.1)) if subject else ():
+        pen.ellipse(x, y, 0.1, 0.1, SUN)
     pen.ellipse(0.5, -0.56, 0.085, 0.1, (255, 255, 255))
     pen.ellipse(0.52, -0.55, 0.055, 0.07, INK)
 
@@ -444,10 +462,10 @@ def sheet(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Im
     return page
 
 
-def write_subjects(folder: Path, size: int = 256) -> None:
+def write_subjects(folder: Path, size: int = 256, subjects: dict[str, str] = SUBJECTS) -> None:
     """Write the five pictures of each subject; never in the bucket, which stays for the test of composition."""
     places = [place for place in PLACES if place != "in a bucket"]
-    for subject, class_name in SUBJECTS.items():
+    for subject, class_name in subjects.items():
         (folder / subject).mkdir(parents=True, exist_ok=True)
         for index, place in enumerate(places):
             picture = draw(Scene(class_name, "white", place, 7000 + index, subject), size)
@@ -464,7 +482,7 @@ if __name__ == "__main__":
     ]
     shown += [
         draw(Scene(name, "white", place, 80 + i, subject), 128)
-        for subject, name in SUBJECTS.items()
+        for subject, name in {**SUBJECTS, **UNSEEN}.items()
         for i, place in enumerate(PLACES)
     ]
     sheet(shown, len(PLACES)).save(out)
