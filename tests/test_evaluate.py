@@ -1,6 +1,7 @@
 """tools/evaluate.py: pictures are a user's, metrics are their formulas, a second call goes on, mistakes are told."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import evaluate
 import pytest
 import report
 import torch
+import yaml
 from conftest import ROOT
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -208,6 +210,22 @@ def test_ctrl_c_is_one_sentence(run, encoders, monkeypatch, capsys):
     assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     evaluate.main()
     assert (run / "evaluation" / "advice.txt").exists()
+
+
+def test_one_of_several_subjects(train, pictures, tmp_path, encoders, capsys):
+    for name in ("dog", "mug"):
+        shutil.copytree(pictures, tmp_path / name)
+    entries = [{"folder": str(tmp_path / "dog"), "prompt": "a photo of sks dog"},
+               {"folder": str(tmp_path / "mug"), "prompt": "a photo of ohwx mug"}]  # fmt: skip
+    (tmp_path / "subjects.yaml").write_text(yaml.safe_dump(entries))
+    (tmp_path / "prompts.txt").write_text("sks dog --s 2\nohwx mug --s 2\n")
+    output = train(subjects=tmp_path / "subjects.yaml", instance_data_dir=None, instance_prompt=None,
+                   checkpointing_steps=2, validation_prompt=tmp_path / "prompts.txt")  # fmt: skip
+    words = [str(output), "--strengths", "1", "--num_images", "1"]
+    words += [word for name, value in encoders.items() for word in (f"--{name}", str(value))]
+    for more, told in (([], '"sks" is the rare word, "dog"'), (["--word", "ohwx"], '"ohwx" is the rare word, "mug"')):
+        evaluate.evaluate(evaluate.make_parser().parse_args([*words, *more]))
+        assert told in capsys.readouterr().out
 
 
 def test_new_tokens_are_evaluated_too(train, tiny, encoders):

@@ -127,14 +127,15 @@ def find_cells(output: Path, wanted: Sequence[str], strengths: Sequence[float]) 
     return [Cell(folder.name, strength, folder) for folder in chosen for strength in strengths]
 
 
-def plan_pictures(out: Path, cell: Cell, counts: dict[trainer.ValidationPrompt, int], seed: int) -> list[Picture]:
+def plan_pictures(out: Path, cell: Cell, counts: dict[trainer.ValidationPrompt, int],
+                  run: trainer.Run) -> list[Picture]:
     """Return the pictures of a cell, so many of each prompt. Raises UserError for a file of somebody else's there."""
-    file = cell.folder / trainer.LORA_FILE
-    made_by = hashlib.sha256(file.read_bytes()).hexdigest()[:8] if cell.strength else "base"  # names may come again
+    lora = (cell.folder / trainer.LORA_FILE).read_bytes() if cell.strength else b""  # another run may have its name
+    made_by = hashlib.sha256(lora + run.base.name.encode() + run.vae.name.encode()).hexdigest()[:8]
     folder = out / "pictures" / f"{cell.checkpoint}-{cell.strength:g}-{made_by}"
     pictures = []
     for index, (prompt, count) in enumerate(counts.items()):
-        first = seed if prompt.seed is None else prompt.seed
+        first = run.seed if prompt.seed is None else prompt.seed
         name = hashlib.sha256(repr(prompt).encode()).hexdigest()[:6]
         pictures += [Picture(folder / f"{index:02d}-{i:02d}-{name}.png", prompt, first + i) for i in range(count)]
     for picture in (picture for picture in pictures if picture.path.exists()):
@@ -329,7 +330,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="how much the LoRA counts (default: 0.6 0.8 1.0)")
     parser.add_argument("--prompts", metavar="|".join(["validation", *PROMPT_SETS, "FILE.txt"]),
                         help="default: the validation prompts, else the set for the subject's class")
-    parser.add_argument("--word", help="the rare word; default: the first unusual one of the instance prompt")
+    parser.add_argument("--word", help="the rare word, which chooses among several subjects; default: the first "
+                        "unusual one of the instance prompt")
     parser.add_argument("--num_images", type=int, default=4, metavar="N", help="pictures of each prompt (default: 4)")
     parser.add_argument("--batch_size", type=int, default=1, metavar="N",
                         help="pictures generated at once (default: 1)")
@@ -354,20 +356,22 @@ def evaluate(options: argparse.Namespace, image_encoder: Callable[[], Any] | Non
     transformers.utils.logging.disable_progress_bar()
     trainer.refuse(min(options.strengths) <= 0, "--strengths must be above 0; the base model is always generated.")
     trainer.refuse(min(options.num_images, options.batch_size) < 1, "--num_images and --batch_size must be above 0.")
-    subject, out = find_subject(args, options.word), options.folder / "evaluation"
+    subjects = trainer.subjects_of(args)
+    own = next((own for own in subjects if (options.word or "\0") in (own.instance_prompt or "").split()), subjects[0])
+    subject, out = find_subject(own, options.word), options.folder / "evaluation"
     cells = find_cells(options.folder, options.checkpoints, options.strengths)
     prompts = choose_prompts(args, subject, options.prompts)
-    training = list(dict.fromkeys(sample.path for sample in trainer.instance_samples(args)))
+    training = list(dict.fromkeys(sample.path for sample in trainer.samples_of(own)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     image_encoder = image_encoder or (lambda: Encoder(options.image_encoder, "image_encoder", device))
     clip = clip or (lambda: Encoder(options.clip, "clip", device))
     image_encoder(), clip()  # before minutes of generating
     run = trainer.start(args)
-    class_prompt = prompts[0]._replace(text=args.class_prompt or f"a photo of a {subject.noun}", seed=None)
+    class_prompt = prompts[0]._replace(text=own.class_prompt or f"a photo of a {subject.noun}", seed=None)
     counts = dict.fromkeys(prompts, options.num_images) | {class_prompt: max(CLASS_PICTURES, options.num_images)}
     base = Cell("base", 0.0, cells[0].folder)
-    work = [(base, plan_pictures(out, base, {class_prompt: counts[class_prompt]}, run.seed))]
-    work += [(cell, plan_pictures(out, cell, counts, run.seed)) for cell in cells]
+    work = [(base, plan_pictures(out, base, {class_prompt: counts[class_prompt]}, run))]
+    work += [(cell, plan_pictures(out, cell, counts, run)) for cell in cells]
     trainer.print_rows([("Subject", f'"{subject.word}" is the rare word, "{subject.noun}" the class'),
                         ("Pictures", f"{sum(len(pictures) for _, pictures in work)}: {len(prompts)} prompts and "
                          f"\"{class_prompt.text}\", {len(cells)} checkpoints and strengths"), ("Output", str(out))])
