@@ -1551,7 +1551,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=64)
 def masks_by_name(folder: str, recursive: bool, beside: bool) -> dict[str, Path]:
     """Return masks by the match_name of their pictures in the folder: those beside pictures, or all of a folder of
     masks. Raises UserError if there is no such folder.
@@ -1563,9 +1563,9 @@ def masks_by_name(folder: str, recursive: bool, beside: bool) -> dict[str, Path]
 
 def find_mask(args: argparse.Namespace, path: Path) -> Path | None:
     """Return the file of a picture's mask, if it has one."""
-    folders, beside = [pictures_folder(own) for own in subjects_of(args)], args.masked_loss is True
-    folder = next(folder for folder in folders if path.is_relative_to(folder))
-    masks = masks_by_name(str(folder if beside else args.masked_loss), args.recursive, beside)
+    own = next(own for own in subjects_of(args) if path.is_relative_to(pictures_folder(own)))
+    folder, beside = pictures_folder(own), own.masked_loss is True
+    masks = masks_by_name(str(folder if beside else own.masked_loss), args.recursive, beside)
     return masks.get(match_name(path.relative_to(folder)))
 
 
@@ -1682,12 +1682,21 @@ def read_subjects(path: str) -> list[dict[str, Any]]:
 
 
 def subjects_of(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Return the flags of each subject: the run's, with what --subjects says of it. Raises UserError."""
-    return [args] if not args.subjects else [argparse.Namespace(**{
-        **vars(args), "instance_data_dir": entry["folder"], "instance_prompt": entry["prompt"],
-        "class_prompt": entry.get("class_prompt"), "repeats": entry.get("repeats", 1),
-        "class_data_dir": args.class_data_dir and str(Path(args.class_data_dir, Path(entry["folder"]).name))})
-        for entry in read_subjects(args.subjects)]
+    """Return the flags of each subject: the run's, with what --subjects says of it. Raises UserError.
+
+    Its class pictures and masks are in a folder of its folder's name.
+    """
+    if not args.subjects:
+        return [args]
+    found = []
+    for entry in read_subjects(args.subjects):
+        places = {flag: str(Path(value, Path(entry["folder"]).name)) for flag in ("class_data_dir", "masked_loss")
+                  if isinstance(value := getattr(args, flag), str)}
+        found.append(argparse.Namespace(**{
+            **vars(args), **places, "subjects": None, "instance_data_dir": entry["folder"],
+            "instance_prompt": entry["prompt"], "class_prompt": entry.get("class_prompt"),
+            "repeats": entry.get("repeats", 1)}))
+    return found
 
 
 def class_prompts(args: argparse.Namespace) -> str:

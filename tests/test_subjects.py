@@ -69,6 +69,12 @@ def test_masks_are_those_of_the_own_folder(train, folders, write):
     masks = {sample.path.parent.name: trainer.load_mask(args, sample.path).getextrema()
              for sample in trainer.instance_samples(args) if sample.path.name == "0.png"}  # fmt: skip
     assert masks == {"dog": (40, 40), "mug": (90, 90)}
+    for name in ("dog", "mug"):
+        (folders / "masks" / name).mkdir(parents=True)
+        (folders / name / "0_mask.png").rename(folders / "masks" / name / "0.png")
+    args = train.args(**write(), masked_loss=folders / "masks", log_level="error")
+    assert masks == {sample.path.parent.name: trainer.load_mask(args, sample.path).getextrema()
+                     for sample in trainer.instance_samples(args) if sample.path.name == "0.png"}  # fmt: skip
 
 
 def test_a_run_resumes_exactly_and_needs_the_file_no_more_once_it_runs(train, folders, write, monkeypatch):
