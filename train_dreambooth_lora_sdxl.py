@@ -633,11 +633,12 @@ def parse_args(argv: Sequence[str] | None = None, with_weights: bool = True) -> 
     with_weights: the base model's files of weights must be there, too.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", nargs="+", action="extend", default=[])
-    early.add_argument("--output_dir")
-    parser, (known, _), words = make_parser(), early.parse_known_args(argv), []
-    configs = [expand_path("config", path) for path in known.config]
+    parser, words, named = make_parser(), [], {word.split("=")[0] for word in argv}
+    configs = parser.parse_known_args(argv)[0].config or []
+    unknown = [path for path in configs if path.startswith("--")]  # argparse takes an unknown --flag="a b" for a value
+    if unknown:
+        parser.refuse_unknown(unknown, "the command line")
+    configs = [expand_path("config", path) for path in configs]
     for more in (*(config_as_words(parser, path) for path in configs), argv):
         if any(word.split("=")[0] == "--validation_prompt" for word in more):  # replaces the earlier ones
             words = [word for word in words if not word.startswith("--validation_prompt=")]
@@ -649,7 +650,7 @@ def parse_args(argv: Sequence[str] | None = None, with_weights: bool = True) -> 
         refuse(getattr(args, flag) == "", f"--{flag} is empty: is a variable of the shell not set?")
         if isinstance(getattr(args, flag), str):
             setattr(args, flag, expand_path(flag, getattr(args, flag)))
-    for config in map(Path, configs if not known.output_dir else ()):
+    for config in map(Path, configs if "--output_dir" not in named else ()):
         is_run = config.name == CONFIG_FILE and list_checkpoints(config.parent)
         refuse(is_run and config.parent.resolve() != Path(args.output_dir).resolve(), f"--config {config} is of a "
                f"run, but says --output_dir {args.output_dir}: was its folder moved? Add --output_dir with the one "

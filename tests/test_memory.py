@@ -329,7 +329,7 @@ def test_the_estimate_of_the_other_phases_is_what_happens(train, tmp_path, monke
     phases = {
         "prompts": lambda: trainer.encode_text(run.base, ids, run.dtype, run.device),
         "latents": lambda: trainer.encode_views(run, [sample], [(0, (run.args.resolution,) * 2)]),
-        "class pictures": lambda: without_decoding(lambda: trainer.generate_class_images(run)),
+        "class pictures": lambda: without_decoding(lambda: trainer.generate_class_images(run, run.args)),
         "validation": lambda: without_decoding(validator),
         "decoding": decoding,
     }

@@ -463,7 +463,7 @@ def test_every_flag_that_names_a_place_is_expanded():
         for action in trainer.make_parser()._actions
         if re_place(action.dest) or any(word in str(action.metavar) for word in ("DIR", "FILE"))
     }
-    assert places - {"validation_prompt"} == set(trainer.PATH_FLAGS)  # a file of prompts is expanded when read
+    assert places - {"validation_prompt", "config"} == set(trainer.PATH_FLAGS)  # which are expanded when read
 
 
 def re_place(dest: str) -> bool:

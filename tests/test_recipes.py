@@ -70,5 +70,10 @@ def test_later_files_win_and_the_command_line_over_all(train, tmp_path):
     args = trainer.parse_args(words)
     assert (args.rank, args.validation_prompt) == (3, ["c"])
     assert trainer.parse_args([*words, "--validation_prompt", "d"]).validation_prompt == ["d"]
+    args = trainer.parse_args([*words, "--instance_prompt=a photo of sks dog"])  # a word with spaces is no file
+    assert args.instance_prompt == "a photo of sks dog" and args.rank == 3
+    for stray in ("--instance_promt=a b", "--clip_skip=a b"):
+        with pytest.raises(trainer.UserError, match="did you mean --instance_prompt|--clip_skip was removed"):
+            trainer.parse_args([*words, stray])
     with pytest.raises(trainer.UserError, match="--config .*nowhere.yaml cannot be read"):
         trainer.parse_args([*words, "nowhere.yaml"])

@@ -283,7 +283,7 @@ def test_class_pictures_have_a_precision_of_their_own(train, tmp_path, monkeypat
     monkeypatch.setattr(trainer, "decode_latents", noted_decode)
     flags = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 1}
     run = trainer.start(train.args(**flags, class_data_dir=tmp_path, prior_generation_precision="bf16"))
-    trainer.generate_class_images(run)
+    trainer.generate_class_images(run, run.args)
     assert run.dtype == torch.float32 and dtypes == [torch.bfloat16] * 3
 
 
