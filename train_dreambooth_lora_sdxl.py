@@ -212,6 +212,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{where} does not know {', '.join(found)}.")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that does not repeat each switch as --no-switch."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        usage = super()._format_action_invocation(action)
+        return usage.split(", --no-")[0] if isinstance(action, argparse.BooleanOptionalAction) else usage
+
+
 class OptionalValue(argparse.BooleanOptionalAction):
     """--flag, --no-flag, --flag True and --flag False, as old commands write, and --flag VALUE if it has a type."""
 
@@ -388,9 +396,12 @@ DROPPED_FLAGS = {  # of earlier versions, by what to do instead
     "repeated blocks alone, or --dynamo_mode reduce-overhead for CUDA graphs": "torch_compile cuda_graph",
     "it did not help (benchmarks/crafts.md)":
         "loraplus_lr_ratio timestep_bias lora_init input_perturbation dco_beta",
-    "it is fixed: EMA has the decay of diffusers' EMAModel, Huber's c is 0.1, a word has 2 new tokens, a picture 8 "
-    "crops and at most twice its size, and SDXL reads its encoders' penultimate layers":
-        "ema_half_life huber_c num_new_tokens_per_abstraction cache_variants max_upscale clip_skip",
+    "--use_ema has the decay of diffusers' EMAModel": "ema_half_life",
+    "the Huber loss has c = 0.1": "huber_c",
+    "each word of --token_abstraction has two new tokens": "num_new_tokens_per_abstraction",
+    "eight crops of a picture are encoded; --repeats adds more": "cache_variants",
+    "with buckets a picture is enlarged at most twice": "max_upscale",
+    "SDXL reads the penultimate layers of its text encoders": "clip_skip",
     "--masked_loss DIR does the same": "mask_dir",
     "--gradient_checkpointing N does the same": "checkpoint_blocks",
     "--lora_layers takes attention+ff and full, --lora_unet_blocks those of B-LoRA (docs/methods.md)": "lora_preset",
@@ -408,7 +419,7 @@ DROPPED_FLAGS = {  # of earlier versions, by what to do instead
 
 def make_parser() -> Parser:  # noqa: PLR0915 (a table)
     """Make the parser of the command line; one entry a flag."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
                     usage="accelerate launch train_dreambooth_lora_sdxl.py FLAGS")
     parser.add_argument("--config", metavar="FILE", nargs="+", action="extend",
                         help="YAML files of flags; later ones override earlier ones, and the command line all")
@@ -1469,14 +1480,14 @@ def split_masks(files: Sequence[Path]) -> tuple[list[Path], dict[str, Path]]:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read a file's first picture, turned as its EXIF says, with 8 bits a channel. Raises ValueError for other numbers
-    than whole ones of up to 16 bits.
+    """Read a file's first picture, turned as its EXIF says, with 8 bits a channel. Raises ValueError for pixels that
+    are not integers of up to 16 bits.
     """
     with Image.open(path) as image:
         tags = getattr(image, "tag_v2", {})  # of TIFF: 258 are the bits, 339 the format, 262 whether 0 is white
         bits, is_inverted = max(tags.get(258, (16,))), tags.get(262) == 0
         if image.mode == "F" or set(tags.get(339, ())) - {1, 4} or (image.mode == "I" and bits > 16):
-            raise ValueError("its pixels are no whole numbers of 8 or 16 bits; convert it to 8-bit sRGB")
+            raise ValueError("its pixels are not 8- or 16-bit integers; convert it to 8-bit sRGB")
         image.load()
         picture = ImageOps.exif_transpose(image)
     if picture.mode.startswith("I"):  # greyscale of 12 or 16 bits
@@ -1906,7 +1917,8 @@ def samples_of(args: argparse.Namespace) -> list[Sample]:
     refuse(bare, f"--instance_prompt is needed, as {len(bare)} of {len(pictures)} pictures have no caption: "
            f"{', '.join(bare[:5])}.")
     prompts = [(captions.get(path) or prompt).replace("{instance_prompt}", prompt or "") for path in pictures]
-    return [Sample(path, own, False, repeat, args.class_prompt or "") for repeat in range(args.repeats)
+    return [Sample(path, own, is_class=False, repeat=repeat, class_prompt=args.class_prompt or "")
+            for repeat in range(args.repeats)
             for path, own in zip(pictures, prompts, strict=True)]
 
 
@@ -2091,7 +2103,7 @@ def content_key(*parts: object) -> str:
 IDLE_FLAGS = {  # flags that do nothing unless the flag of their row has one of these values
     ("train_text_encoder", (True,)): ("text_encoder_lr", "adam_weight_decay_text_encoder"),
     ("train_text_encoder_ti", (True,)): ("token_abstraction", "initializer_concept", "token_lr"),
-    ("push_to_hub", (True,)): ("hub_private_repo",),
+    ("push_to_hub", (True,)): ("hub_private_repo",), ("masked_loss", (True,)): ("background_loss_weight",),
     ("lr_scheduler", ("cosine_with_restarts",)): ("lr_num_cycles",), ("lr_scheduler", ("polynomial",)): ("lr_power",),
     ("optimizer", ("adamw", "adamw8bit", "prodigy", "schedule_free")): ("adam_beta1", "adam_beta2", "adam_epsilon"),
     ("optimizer", ("prodigy",)): ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
@@ -2171,7 +2183,9 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
     """Warn of flags that were set and do nothing."""
     parser = make_parser()
     for (decides, values), flags in IDLE_FLAGS.items():
-        for flag in flags if getattr(args, decides) not in values else ():
+        value = getattr(args, decides)
+        is_on = bool(value) if values == (True,) else value in values  # --masked_loss DIR is on, too
+        for flag in () if is_on else flags:
             if getattr(args, flag) != parser.get_default(flag):
                 needed = f"--{decides}" if values == (True,) else f"--{decides} {' or '.join(map(str, values))}"
                 warn("--%s does nothing without %s.", flag, needed)
@@ -2281,8 +2295,9 @@ def check_single_file(flag: str, path: Path, needed: Sequence[str]) -> None:
     names = tensor_names(path)
     refuse(not names, f"{flag}: {path} is cut off or no safetensors file; fetch it again.")
     missing = next((key.strip("^$") for key in needed if not any(re.search(key, name) for name in names)), None)
-    refuse(missing, f"{flag}: {path} is no whole {'AutoencoderKL' if flag == VAE_FLAG else 'SDXL'}, as it lacks "
-           f"{missing}; a LoRA, a UNet alone, a refiner or another model cannot be trained on.")
+    kind = "AutoencoderKL" if flag == VAE_FLAG else "SDXL model"
+    refuse(missing, f"{flag}: {path} is not a complete {kind}, as it lacks {missing}; a LoRA, a UNet "
+           "alone, a refiner or another model cannot be trained on.")
     refuse("edm_vpred.sigma_max" in names, f"{flag}: {path} is an EDM model with v-prediction (CosXL), which this "
            "script does not train.")
 
@@ -2302,7 +2317,8 @@ def check_folders(args: argparse.Namespace) -> None:
     output, lora = Path(args.output_dir), Path(args.init_lora or "")
     resumed = find_checkpoint(args.resume_from_checkpoint, output)
     if args.init_lora and not resumed:
-        refuse(not tensor_names(lora), f"--init_lora {lora} is no whole safetensors file; name a LoRA's on this disk.")
+        refuse(not tensor_names(lora), f"--init_lora {lora} is not a complete safetensors file; name a LoRA's on this "
+               "disk.")
         refuse(lora.absolute().parent == output.absolute(), f"--init_lora {lora} is in --output_dir, where this run's "
                "own LoRA goes; choose another --output_dir.")
     for flag, folder in (("output_dir", output), ("output_dir", output / "validation"),
@@ -2839,8 +2855,9 @@ def load_base_config(source: Source, vae: Source) -> tuple[Any, bool, int]:
         vae_config = AutoencoderKL.load_config(vae.name, **vae.keywords("vae"))
         unet_config = UNet2DConditionModel.load_config(source.name, **source.keywords("unet"))
         kind, channels = vae_config.get("_class_name", "AutoencoderKL"), vae_config.get("latent_channels", 4)
-        refuse(kind != "AutoencoderKL" or channels != 4, f"the VAE of {vae.name} is a {kind} with {channels} latent "
-               "channels; only an AutoencoderKL with 4 can be used, as SDXL's own or madebyollin/sdxl-vae-fp16-fix.")
+        refuse(kind != "AutoencoderKL" or channels != 4, f"the VAE of {vae.name} is of class {kind} with "
+               f"{channels} latent channels; only an AutoencoderKL with 4 can be used, as SDXL's own or "
+               "madebyollin/sdxl-vae-fp16-fix.")
         if vae != source:
             warn_of_scaling(source, vae, vae_config)
     except (OSError, ValueError, KeyError, AttributeError, HfHubHTTPError) as error:
@@ -3370,11 +3387,11 @@ def set_aside(output: Path, step: int) -> None:
     """
     later = sorted(path.relative_to(output).as_posix() for path, at in steps_in(output).items() if at > step)
     there = [name for name in (*OUTPUT_FILES, "validation/step-000000") if os.path.lexists(output / name)]
-    began = HISTORY_FILE in there and LORA_FILE not in there  # this run, but it was killed before its first checkpoint
-    if step:
-        moved = [name for name in there if name == "README.md" or later and name not in (HISTORY_FILE, CONFIG_FILE)]
-    else:
-        moved = [name for name in there if name == "README.md" or later or not began]
+    was_killed = HISTORY_FILE in there and LORA_FILE not in there  # this run, before its first checkpoint
+    kept = there if step or was_killed else ()
+    if later:
+        kept = (HISTORY_FILE, CONFIG_FILE) if step else ()
+    moved = [name for name in there if name not in kept or name == "README.md"]  # which may have been edited
     if later or moved:
         place = move_aside(output, later + moved)
         print_rows([("Earlier", f"{some(later + moved)} of {output} {'is' if len(later + moved) == 1 else 'are'} now "
@@ -4496,9 +4513,9 @@ def start_trackers(run: Run) -> None:
             with suppress(Exception):  # it may have begun before it refused the settings, or not
                 finish_tracker(accelerator.trackers[0], 1)
             accelerator.trackers = []
-            told = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
-            refuse(args.report_to != "all", f"--report_to {told}; or leave it out.")
-            warn("--report_to all: %s; it is left out.", told)
+            message = f"{name} does not start ({first_line(error)}){TRACKER_CURES.get(name, '')}"
+            refuse(args.report_to != "all", f"--report_to {message}; or leave it out.")
+            warn("--report_to all: %s; it is left out.", message)
         started += accelerator.trackers
     accelerator.trackers = started
 

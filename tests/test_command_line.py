@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SCRIPT
+from PIL import Image
 
 import train_dreambooth_lora_sdxl as trainer
 from train_dreambooth_lora_sdxl import UserError, make_parser, parse_args, public_settings
@@ -267,3 +268,14 @@ def test_exit_code_and_output_of_a_mistake():
     assert told.returncode == 2
     assert told.stdout == ""
     assert told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
+
+
+def test_a_weight_of_the_background_needs_masks(train, tmp_path, capsys):
+    trainer.quiet_libraries("warning")
+    train.args(background_loss_weight=0.5, log_level="warning")
+    assert "--background_loss_weight does nothing without --masked_loss" in capsys.readouterr().out
+    (tmp_path / "masks").mkdir()
+    for path in Path(train.flags["instance_data_dir"]).iterdir():
+        Image.open(path).convert("L").save(tmp_path / "masks" / path.name)
+    train.args(background_loss_weight=0.5, masked_loss=tmp_path / "masks", log_level="warning")
+    assert "background_loss_weight" not in capsys.readouterr().out

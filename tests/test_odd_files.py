@@ -101,8 +101,8 @@ def adobe_exif(path: Path) -> None:
 
 
 REFUSED = {
-    "float.tif": ("no whole numbers", lambda path: Image.new("F", (4, 4), 0.5).save(path)),
-    "signed.tif": ("no whole numbers", lambda path: Image.new("I", (4, 4), 70_000).save(path)),
+    "float.tif": ("not 8- or 16-bit integers", lambda path: Image.new("F", (4, 4), 0.5).save(path)),
+    "signed.tif": ("not 8- or 16-bit integers", lambda path: Image.new("I", (4, 4), 70_000).save(path)),
     "linear.png": ("a gamma of 1,", lambda path: write_with_chunk(path, b"gAMA", points(1.0))),
     "hdr.png": (
         "the primaries 9 and transfer function 16",
@@ -284,7 +284,7 @@ def test_a_mask_is_no_colour(train, folder, tmp_path):
     Image.new("RGB", (20, 20), "red").save(folder / "0.png")
     train.args(instance_data_dir=folder, masked_loss=masks)
     Image.new("F", (20, 20), 0.5).save(masks / "0.tif")
-    with pytest.raises(trainer.UserError, match="0.tif' .its pixels are no whole numbers"):
+    with pytest.raises(trainer.UserError, match="0.tif' .its pixels are not 8- or 16-bit integers"):
         train.args(instance_data_dir=folder, masked_loss=masks)
 
 
@@ -430,7 +430,7 @@ def test_a_data_set_without_a_train_split(train, folder, tmp_path):
 def test_vaes_of_other_classes_are_refused(train, tiny, tmp_path, capsys):
     flag = "pretrained_vae_model_name_or_path"
     AutoencoderTiny().save_pretrained(tmp_path / "taesd")
-    with pytest.raises(trainer.UserError, match="taesd is a AutoencoderTiny .*; only an AutoencoderKL with 4"):
+    with pytest.raises(trainer.UserError, match="taesd is of class AutoencoderTiny .*; only an AutoencoderKL with 4"):
         trainer.start(train.args(**{flag: tmp_path / "taesd"}))
     shapes = {"block_out_channels": (4,), "norm_num_groups": 1, "sample_size": 8}
     AutoencoderKL(latent_channels=16, **shapes).save_pretrained(tmp_path / "flux")
@@ -450,7 +450,7 @@ def test_a_base_model_with_another_vae_or_without_some_weights_is_refused(train,
         shutil.copytree(tiny, tmp_path / name)
     shutil.rmtree(tmp_path / "taesd" / "vae")
     AutoencoderTiny().save_pretrained(tmp_path / "taesd" / "vae")
-    with pytest.raises(trainer.UserError, match="is a AutoencoderTiny"):
+    with pytest.raises(trainer.UserError, match="is of class AutoencoderTiny"):
         trainer.start(train.args(pretrained_model_name_or_path=tmp_path / "taesd"))
     weights = tmp_path / "bare" / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)

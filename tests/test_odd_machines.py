@@ -536,7 +536,7 @@ def test_a_lora_that_does_not_fit_is_refused(train, finished, tmp_path):
         train(init_lora=tmp_path / "x.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-1])
     for name in ("cut.safetensors", "nowhere"):
-        with pytest.raises(trainer.UserError, match="is no whole safetensors file; name a LoRA's"):
+        with pytest.raises(trainer.UserError, match="is not a complete safetensors file; name a LoRA's"):
             train.args(init_lora=tmp_path / name)
     tensors = load_file(file)
     first = next(key for key in tensors if "unet" in key and "lora_B" in key)

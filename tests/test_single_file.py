@@ -102,7 +102,7 @@ def test_what_is_no_whole_model_is_refused_at_the_door(train, tiny, single, tmp_
         train.args(pretrained_model_name_or_path=cut)
     lora = tmp_path / "lora.safetensors"
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, lora)
-    with pytest.raises(trainer.UserError, match="is no whole SDXL, as it lacks model.diffusion_model"):
+    with pytest.raises(trainer.UserError, match="is not a complete SDXL model, as it lacks model.diffusion_model"):
         train.args(pretrained_model_name_or_path=lora)
     cosxl = write_single_file(tiny, tmp_path / "cosxl.safetensors", "edm_vpred.sigma_max")
     with pytest.raises(trainer.UserError, match="CosXL"):

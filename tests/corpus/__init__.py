@@ -545,7 +545,7 @@ def single_file(keys: list[str], cut: int = 0) -> Callable[[Path, Stock], dict]:
 
 
 SINGLE_FILES = [
-    Case("a LoRA", single_file(["lora_unet_x.lora_up.weight"]), "is no whole SDXL, as it lacks model"),
+    Case("a LoRA", single_file(["lora_unet_x.lora_up.weight"]), "is not a complete SDXL model, as it lacks model"),
     Case("a UNet alone", single_file(["model.diffusion_model.input_blocks.0.0.weight"]), "lacks first_stage_model"),
     Case("a cut file", single_file(["model.diffusion_model.input_blocks.0.0.weight"], 4), "is cut off"),
     Case("no tensors", single_file([]), "is cut off or no safetensors file"),
