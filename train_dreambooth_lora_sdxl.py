@@ -2516,7 +2516,8 @@ def quiet_libraries(log_level: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not talks:
         warnings.filterwarnings("ignore")
-        for library in ("accelerate", "bitsandbytes", "diffusers", "httpx", "peft", "transformers", "wandb"):
+        for library in ("accelerate", "bitsandbytes", "diffusers", "httpx", "huggingface_hub", "peft", "transformers",
+                        "wandb"):
             logging.getLogger(library).setLevel(logging.ERROR)
 
 
